@@ -1,0 +1,8 @@
+"""Where a perturbation enters a model: context managers that add it by hook and always clean up."""
+
+from hf_robust.sites.embeddings import EmbeddingSite
+from hf_robust.sites.label_head import LabelIndex, label_logits
+from hf_robust.sites.quiet import check_not_reentrant, quiet
+
+
+__all__ = ["EmbeddingSite", "LabelIndex", "check_not_reentrant", "label_logits", "quiet"]

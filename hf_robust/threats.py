@@ -1,0 +1,125 @@
+"""Threat models: norm, radius, projection and initialisation of a perturbation. Pure tensor maths, no model."""
+
+import difflib
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+# l2_token: one L2 ball per token vector; l2: one per sample; linf: a box.
+NORMS = ("l2_token", "l2", "linf")
+INITS = ("zero", "random")
+
+
+def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
+    """
+    Raise a `ValueError` that names the argument, the value, the choices and the nearest one.
+
+    Args:
+        argument: name of the argument as the user wrote it.
+        value: what the user gave.
+        choices: the accepted names.
+    """
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"`{argument}={value!r}` is unknown; choose one of {', '.join(map(repr, choices))}.{hint}")
+
+
+def check_at_least(argument: str, value: float | int, minimum: float | int, remedy: str) -> None:
+    """
+    Raise a `ValueError` unless `value` is a finite number that is at least `minimum`.
+
+    Args:
+        argument: name of the argument as the user wrote it.
+        value: what the user gave.
+        minimum: smallest accepted value.
+        remedy: one sentence that says what to do instead.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < minimum:
+        raise ValueError(f"`{argument}={value!r}` must be a number that is at least {minimum}. {remedy}")
+
+
+def _norms(delta: torch.Tensor, norm: str) -> torch.Tensor:
+    """Norm of each vector (`l2_token`) or sample (`l2`, `linf`) of `delta`, kept broadcastable."""
+    if norm == "l2_token":
+        return delta.norm(dim=-1, keepdim=True)
+    dims = tuple(range(1, delta.dim()))
+    if norm == "l2":
+        return delta.pow(2).sum(dim=dims, keepdim=True).sqrt()
+    return delta.abs().amax(dim=dims, keepdim=True)
+
+
+def project(delta: torch.Tensor, radius: torch.Tensor | float, norm: str) -> torch.Tensor:
+    """
+    Nearest point of the ball of the given radius.
+
+    Args:
+        delta: perturbation `[batch, ..., features]`.
+        radius: radius in the units of `delta`; a float or a tensor that broadcasts. `inf` means unbounded.
+        norm: `"l2_token"` (an L2 ball for each vector along the last dimension), `"l2"` (one L2 ball per sample) or
+            `"linf"` (each coordinate).
+
+    Returns:
+        Tensor of the shape of `delta`.
+    """
+    radius = torch.as_tensor(radius, dtype=delta.dtype, device=delta.device)
+    if norm == "linf":
+        return torch.maximum(torch.minimum(delta, radius), -radius)
+    norms = _norms(delta, norm)
+    # clamp(min=tiny) instead of an epsilon: a vector inside the ball is returned as it is, bit for bit
+    scale = radius / norms.clamp(min=torch.finfo(delta.dtype).tiny)
+    return torch.where(norms > radius, delta * scale, delta)
+
+
+def unit(direction: torch.Tensor, norm: str) -> torch.Tensor:
+    """
+    Rescale a direction to length 1 in the given norm (zero stays zero), so that a step size can be a share of the radius.
+
+    Args:
+        direction: `[batch, ..., features]`.
+        norm: see [`project`].
+    """
+    norms = _norms(direction, norm)
+    return torch.where(norms > 0, direction / norms.clamp(min=torch.finfo(direction.dtype).tiny), direction)
+
+
+def initial(
+    shape: Sequence[int],
+    radius: torch.Tensor | float,
+    norm: str,
+    init: str,
+    *,
+    device: torch.device | str,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """
+    Starting perturbation in float32.
+
+    Args:
+        shape: `[batch, ..., features]`.
+        radius: radius of the ball, in the units of the perturbation.
+        norm: see [`project`].
+        init: `"zero"`, or `"random"`: uniform in the ball.
+        device: device of the result.
+        generator: a CPU generator of the caller's own; the global random state is never used.
+
+    Returns:
+        `shape`, float32.
+    """
+    if init == "zero":
+        return torch.zeros(tuple(shape), device=device)
+    if generator is None:
+        raise ValueError("`init='random'` needs a `generator`, so that the global random state stays untouched.")
+    shape = tuple(shape)
+    if norm == "linf":
+        noise = torch.rand(shape, generator=generator) * 2 - 1
+    else:
+        # Uniform in an n-ball: a Gaussian direction times U^(1/n)
+        size = shape[-1] if norm == "l2_token" else math.prod(shape[1:])
+        outer = shape[:-1] + (1,) if norm == "l2_token" else (shape[0],) + (1,) * (len(shape) - 1)
+        noise = unit(torch.randn(shape, generator=generator), norm)
+        noise = noise * torch.rand(outer, generator=generator) ** (1.0 / size)
+    return noise.to(device) * torch.as_tensor(radius, dtype=torch.float32, device=device)
