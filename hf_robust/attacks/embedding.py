@@ -1,0 +1,250 @@
+"""The continuous attack in an epsilon-ball around the prompt's embeddings."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_robust.attacks.gradient import KEEPS, STEP_RULES, SearchResult, gradient_search
+from hf_robust.objectives import per_row_mean, token_nll
+from hf_robust.sites import EmbeddingSite, LabelIndex, check_not_reentrant, label_logits, quiet
+from hf_robust.threats import INITS, NORMS, check_at_least, check_choice, initial
+
+
+POSITIONS = ("all_prompt", "user_content")
+
+
+class EmbeddingAttack:
+    """
+    Perturb the input embeddings of a prompt within a small ball so that a target answer becomes likely.
+
+    Targeted projected gradient descent on the token-mean cross-entropy of the label tokens, as in the inner maximisation
+    of "Efficient Adversarial Training in LLMs with Continuous Attacks" (arXiv 2405.15589); the defaults are the paper's.
+    Departures from its released code: no weight receives a gradient, the best perturbation of each row is kept, labels
+    are `labels != -100` (token id 0 included), padding is never attacked, dropout is off, and the perturbation is float32
+    whatever the model's dtype.
+
+    Args:
+        epsilon: radius of the ball. With `epsilon_relative`, a multiple of the mean L2 norm of the embedding rows as the
+            model applies them; otherwise in embedding units. 0 switches the attack off.
+        steps: gradient steps; 0 switches the attack off.
+        step_size: length of a step. Absolute by default (the change of each coordinate under `"sign"`). With
+            `step_size_relative`, a share of the radius: each step then has length `step_size * radius` in `norm`.
+        step_rule: `"sign"`, `"normalized"`, `"momentum"`, `"adam"` or `"rmsprop"`.
+        norm: `"l2_token"` (an L2 ball for each token, the paper's), `"l2"` (one for the whole prompt) or `"linf"`.
+        epsilon_relative: see `epsilon`.
+        step_size_relative: see `step_size`.
+        init: `"zero"` (the paper's) or `"random"`, uniform in the ball.
+        positions: `"all_prompt"`: every attended token that is not a label (the paper's); `"user_content"`: the tokens
+            given by `user_mask`.
+        keep: `"best"` returns the perturbation of lowest loss for each row, at the cost of one forward more; `"last"` the
+            final one, as the paper's code does.
+        early_stop: loss (nats per token) below which a row stops moving; `None` never stops. Once all rows have stopped,
+            the attack ends, which costs one wait for the device each step.
+        seed: seed of the attack's own generator, used by `init="random"` only. The global random state is never touched.
+
+    Raises:
+        ValueError: an argument is out of range or unknown.
+
+    Example:
+
+    ```python
+    >>> attack = EmbeddingAttack(epsilon=0.05, steps=10)
+    >>> delta = attack.perturb(model, input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+    ```
+    """
+
+    def __init__(
+        self,
+        *,
+        epsilon: float = 0.05,
+        steps: int = 10,
+        step_size: float = 1e-4,
+        step_rule: str = "sign",
+        norm: str = "l2_token",
+        epsilon_relative: bool = True,
+        step_size_relative: bool = False,
+        init: str = "zero",
+        positions: str = "all_prompt",
+        keep: str = "best",
+        early_stop: float | None = None,
+        seed: int = 0,
+    ):
+        if not (isinstance(epsilon, float) and math.isinf(epsilon) and epsilon > 0):
+            check_at_least("epsilon", epsilon, 0, "Use 0 to switch the attack off, `math.inf` for no bound.")
+        check_at_least("steps", steps, 0, "Use 0 to switch the attack off.")
+        if int(steps) != steps:
+            raise ValueError(f"`steps={steps!r}` must be a whole number of gradient steps.")
+        check_at_least("step_size", step_size, 0, "Give the length of one step.")
+        check_choice("step_rule", step_rule, STEP_RULES)
+        check_choice("norm", norm, NORMS)
+        check_choice("init", init, INITS)
+        check_choice("positions", positions, POSITIONS)
+        check_choice("keep", keep, KEEPS)
+        if math.isinf(epsilon) and (init == "random" or step_size_relative):
+            raise ValueError(
+                "`epsilon=inf` has no radius for `init='random'` or `step_size_relative=True` to refer to: use "
+                "`init='zero'` and an absolute `step_size`."
+            )
+        self.epsilon = float(epsilon)
+        self.steps = int(steps)
+        self.step_size = float(step_size)
+        self.step_rule = step_rule
+        self.norm = norm
+        self.epsilon_relative = epsilon_relative
+        self.step_size_relative = step_size_relative
+        self.init = init
+        self.positions = positions
+        self.keep = keep
+        self.early_stop = early_stop
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the attack leaves every prompt as it is (`epsilon` or `steps` 0)."""
+        return self.epsilon == 0 or self.steps == 0
+
+    def __repr__(self) -> str:
+        shown = ("epsilon", "steps", "step_size", "step_rule", "norm", "positions", "keep")
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
+
+    def radius(self, site: EmbeddingSite) -> torch.Tensor | float:
+        """
+        Radius of the ball in embedding units.
+
+        Args:
+            site: the embeddings to be attacked.
+
+        Returns:
+            A float, or a 0-dim float32 tensor on the model's device when the radius is relative.
+        """
+        if not self.epsilon_relative or math.isinf(self.epsilon):
+            return self.epsilon
+        return self.epsilon * site.mean_row_norm()
+
+    def perturb(
+        self,
+        model: nn.Module,
+        *,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor,
+        user_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """
+        Find a perturbation for each row.
+
+        Args:
+            model: causal language model or PEFT model, unwrapped. Its mode, gradients, hooks and random state are the
+                same afterwards.
+            input_ids: `[batch, length]` int64: prompt and target answer, padded on either side.
+            attention_mask: `[batch, length]`, 1 on real tokens. Default: all ones.
+            labels: `[batch, length]` int64, the ids of the target answer's tokens, -100 elsewhere.
+            user_mask: `[batch, length]` bool, required by `positions="user_content"`.
+            inputs: further inputs of the model (`position_ids`, …).
+
+        Returns:
+            `[batch, length, hidden]` float32 without gradient, zero outside the attacked positions.
+
+        Raises:
+            ValueError: a row has no label, `user_mask` is missing, the model has no input embeddings or checkpoints
+                activations in the reentrant way.
+        """
+        return self.search(
+            model, input_ids=input_ids, attention_mask=attention_mask, labels=labels, user_mask=user_mask, **inputs
+        ).delta
+
+    def search(
+        self,
+        model: nn.Module,
+        *,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor,
+        user_mask: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> SearchResult:
+        """As [`perturb`], but returns the losses and costs of the search too ([`SearchResult`])."""
+        site = EmbeddingSite(model)
+        check_not_reentrant(model)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        mask = self.attacked_positions(attention_mask, labels, user_mask)
+        index = LabelIndex.from_labels(labels)
+        self._check_labels(index)
+        shape = (*input_ids.shape, self._hidden_size(site, model))
+        if self.is_off:
+            return _no_search(shape, input_ids.device)
+
+        def loss_fn(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            with site.add(delta):
+                logits = label_logits(model, index, input_ids=input_ids, attention_mask=attention_mask, **inputs)
+            loss = per_row_mean(token_nll(logits, index.targets), index.rows, index.counts)
+            return loss, None if self.early_stop is None else loss.detach() < self.early_stop
+
+        float_mask = mask.unsqueeze(-1).float()
+        with quiet(model):
+            radius = self.radius(site)
+            # A share of the radius when relative, so that one number suits every width and epsilon
+            step_size = self.step_size * radius if self.step_size_relative else self.step_size
+            delta = initial(
+                shape, radius, self.norm, self.init, device=input_ids.device, generator=self.generator
+            )
+            return gradient_search(
+                loss_fn,
+                delta * float_mask,
+                mask=float_mask,
+                radius=radius,
+                norm=self.norm,
+                steps=self.steps,
+                step_size=step_size,
+                step_rule=self.step_rule,
+                unit_length=self.step_size_relative,
+                keep=self.keep,
+                stop_on_hit=self.early_stop is not None,
+            )
+
+    def attacked_positions(
+        self, attention_mask: torch.Tensor, labels: torch.Tensor, user_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Where the perturbation may be non-zero: `[batch, length]` bool.
+
+        Args:
+            attention_mask: `[batch, length]`.
+            labels: `[batch, length]`.
+            user_mask: `[batch, length]` bool, for `positions="user_content"`.
+        """
+        mask = attention_mask.bool() & (labels == -100)
+        if self.positions == "all_prompt":
+            return mask
+        if user_mask is None:
+            raise ValueError(
+                "`positions='user_content'` needs `user_mask`, a [batch, length] bool tensor that marks the user's tokens; "
+                "pass one or use `positions='all_prompt'`."
+            )
+        return mask & user_mask.bool()
+
+    @staticmethod
+    def _check_labels(index: LabelIndex) -> None:
+        empty = (index.counts == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"`labels` has no label token in rows {empty[:8]}{'…' if len(empty) > 8 else ''}: the attack needs a target "
+                "answer. Label the answer's tokens (all others -100), and truncate less if the prompt fills the row."
+            )
+
+    @staticmethod
+    def _hidden_size(site: EmbeddingSite, model: nn.Module) -> int:
+        if site._table is not None:
+            return site._table.embedding_dim
+        return model.config.get_text_config().hidden_size
+
+
+def _no_search(shape: tuple[int, ...], device: torch.device) -> SearchResult:
+    """Result of an attack that is switched off: nothing was evaluated."""
+    nan = torch.full((shape[0],), math.nan, device=device)
+    none = torch.zeros(shape[0], dtype=torch.bool, device=device)
+    return SearchResult(torch.zeros(shape, device=device), nan, nan, nan.new_zeros(0, shape[0]), none, none, 0, 0)

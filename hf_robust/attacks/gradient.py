@@ -1,0 +1,192 @@
+"""The one gradient search behind every continuous attack: any site, any objective."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hf_robust.threats import project, unit
+
+
+STEP_RULES = ("sign", "normalized", "momentum", "adam", "rmsprop")
+KEEPS = ("best", "last")
+
+# Float16 gradients of small losses underflow. A power of two is exact to multiply by and to undo, so it can stay on for
+# every dtype (an autocast inside the model's forward cannot be seen from here).
+_LOSS_SCALE = 128.0
+
+
+@dataclass
+class SearchResult:
+    """
+    What a search found and what it spent.
+
+    Attributes:
+        delta: `[batch, ..., features]` float32, no gradient.
+        first_loss: `[batch]` loss at the initial perturbation.
+        last_loss: `[batch]` loss at `delta` for `keep="best"`; at the last perturbation that was evaluated otherwise.
+        losses: `[evaluations, batch]` loss of every forward, in order.
+        non_finite: `[batch]` bool, rows that met a non-finite loss or gradient and stopped at a finite perturbation.
+        hit: `[batch]` bool, rows that reached the caller's stopping criterion (all `False` without one).
+        num_forwards: forward passes of the batch.
+        num_backwards: backward passes of the batch.
+    """
+
+    delta: torch.Tensor
+    first_loss: torch.Tensor
+    last_loss: torch.Tensor
+    losses: torch.Tensor
+    non_finite: torch.Tensor
+    hit: torch.Tensor
+    num_forwards: int
+    num_backwards: int
+
+
+class StepRule:
+    """
+    Turns a gradient into a direction of descent; keeps moments for the adaptive rules.
+
+    Args:
+        name: `"sign"`; `"normalized"` (unit length in the threat model's norm); `"momentum"` (sign of an average of
+            normalised gradients, decay 1.0, arXiv 1710.06081); `"adam"` (0.9, 0.999) and `"rmsprop"` (0.99), as in
+            PyTorch's optimizers.
+        norm: norm of the threat model.
+        unit_length: rescale the direction to length 1 in `norm`, so that the step size is a length.
+    """
+
+    def __init__(self, name: str, norm: str, *, unit_length: bool):
+        self.name, self.norm, self.unit_length = name, norm, unit_length
+        self.mean: torch.Tensor | None = None
+        self.square: torch.Tensor | None = None
+        self.count = 0
+
+    def __call__(self, grad: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        if self.name == "sign":
+            direction = grad.sign()
+        elif self.name == "normalized":
+            return unit(grad, self.norm)
+        elif self.name == "momentum":
+            scale = grad.abs().flatten(1).mean(dim=1).view(-1, *[1] * (grad.dim() - 1))
+            grad = grad / scale.clamp(min=torch.finfo(grad.dtype).tiny)
+            self.mean = grad if self.mean is None else self.mean + grad
+            direction = self.mean.sign()
+        else:
+            direction = self._adaptive(grad)
+        return unit(direction, self.norm) if self.unit_length else direction
+
+    def _adaptive(self, grad: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros_like(grad)
+        decay = 0.999 if self.name == "adam" else 0.99
+        self.square = decay * (zeros if self.square is None else self.square) + (1 - decay) * grad * grad
+        if self.name == "rmsprop":
+            return grad / (self.square.sqrt() + 1e-8)
+        self.mean = 0.9 * (zeros if self.mean is None else self.mean) + 0.1 * grad
+        mean = self.mean / (1 - 0.9**self.count)
+        square = self.square / (1 - decay**self.count)
+        return mean / (square.sqrt() + 1e-8)
+
+
+def gradient_search(
+    loss_fn: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
+    delta: torch.Tensor,
+    *,
+    mask: torch.Tensor,
+    radius: torch.Tensor | float,
+    norm: str,
+    steps: int,
+    step_size: torch.Tensor | float,
+    step_rule: str,
+    unit_length: bool = False,
+    keep: str = "best",
+    stop_on_hit: bool = False,
+) -> SearchResult:
+    """
+    Minimise a per-row loss over a ball by projected gradient steps.
+
+    Only `torch.autograd.grad` with respect to the perturbation runs: no weight receives a gradient. Rows never mix: the
+    gradient is that of the sum of the rows' losses. Nothing in the loop waits for the device, unless `stop_on_hit`.
+
+    Args:
+        loss_fn: takes the perturbation and returns the loss of each row `[batch]`, and either `None` or a `[batch]` bool
+            tensor of rows that reached their goal; those stop moving.
+        delta: starting perturbation `[batch, ..., features]`, float32.
+        mask: broadcastable to `delta`; 1 where it may move. `delta` must be zero elsewhere.
+        radius: radius of the ball (`inf`: unbounded), see [`~hf_robust.threats.project`].
+        norm: norm of the ball.
+        steps: number of gradient steps; 0 evaluates nothing.
+        step_size: length of a step, in the units of `delta`.
+        step_rule: one of [`STEP_RULES`].
+        unit_length: whether directions are rescaled to length 1 in `norm` before `step_size` applies.
+        keep: `"best"` returns the perturbation of lowest loss of each row (one forward more); `"last"` the final one.
+        stop_on_hit: leave the loop once every row (on every process) has reached its goal. Costs one wait a step.
+
+    Returns:
+        [`SearchResult`].
+    """
+    rule = StepRule(step_rule, norm, unit_length=unit_length)
+    batch = delta.shape[0]
+    per_row = (batch, *[1] * (delta.dim() - 1))
+    best = safe = delta.detach()
+    best_loss = torch.full((batch,), math.inf, device=delta.device)
+    active = torch.ones(batch, dtype=torch.bool, device=delta.device)
+    non_finite = torch.zeros_like(active)
+    hit = torch.zeros_like(active)
+    losses: list[torch.Tensor] = []
+    forwards = backwards = 0
+
+    def record(loss: torch.Tensor, reached: torch.Tensor | None) -> torch.Tensor:
+        """Bookkeeping of one evaluation; returns the rows whose loss is finite."""
+        nonlocal best, best_loss, hit, non_finite, active
+        finite = loss.isfinite()
+        losses.append(loss)
+        better = finite & (loss < best_loss) & ~hit
+        if reached is not None:
+            # A row that reaches its goal keeps that perturbation, whatever loss came before it
+            newly = reached & finite & ~hit
+            better, hit = better | newly, hit | newly
+            active = active & ~newly
+        best = torch.where(better.view(per_row), delta.detach(), best)
+        best_loss = torch.where(better, loss, best_loss)
+        non_finite = non_finite | ~finite
+        active = active & finite
+        return finite
+
+    for _ in range(steps):
+        delta = delta.detach().requires_grad_(True)
+        with torch.enable_grad():
+            loss, reached = loss_fn(delta)
+            (grad,) = torch.autograd.grad(loss.sum() * _LOSS_SCALE, delta)
+        forwards, backwards = forwards + 1, backwards + 1
+        with torch.no_grad():
+            finite = record(loss.detach().float(), reached)
+            # Fall back on the last perturbation whose loss was finite
+            safe = torch.where(finite.view(per_row), delta.detach(), safe)
+            grad = grad.float() / _LOSS_SCALE
+            grad_finite = grad.flatten(1).isfinite().all(dim=1)
+            non_finite = non_finite | (~grad_finite & active)
+            active = active & grad_finite
+            grad = torch.where(active.view(per_row), grad, torch.zeros_like(grad))
+            moved = project(safe - step_size * rule(grad * mask) * mask, radius, norm)
+            delta = torch.where(active.view(per_row), moved, safe)
+        if stop_on_hit and not _any_process(active):
+            break
+    if keep == "best" and steps > 0:
+        with torch.no_grad():
+            loss, reached = loss_fn(delta)
+            record(loss.float(), reached)
+        forwards += 1
+        delta = torch.where(best_loss.isfinite().view(per_row), best, safe)
+    history = torch.stack(losses) if losses else delta.new_zeros(0, batch)
+    first = history[0] if losses else delta.new_full((batch,), math.nan)
+    last = best_loss if keep == "best" and losses else (history[-1] if losses else first)
+    return SearchResult(delta.detach(), first, last, history, non_finite, hit, forwards, backwards)
+
+
+def _any_process(active: torch.Tensor) -> bool:
+    """Whether any row on any process is still active: ranks must leave the loop together or wait for ever."""
+    flag = active.any().int()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return bool(flag.item())
