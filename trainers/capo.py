@@ -1,0 +1,248 @@
+"""Continuous adversarial preference optimisation (CAPO): [`CAPOTrainer`] stands where [`~trl.DPOTrainer`] stood."""
+
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator, logging
+from accelerate.utils import is_peft_model
+from datasets import IterableDataset
+from torch import nn
+from transformers import TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+from hf_robust.attacks import EmbeddingAttack
+from hf_robust.attacks.gradient import SearchResult
+from hf_robust.objectives import zero_confident_tokens
+from hf_robust.sites import EmbeddingSite
+from hf_robust.threats import check_at_least
+from hf_robust.trainers.attack_arguments import AttackArguments, take_over
+from hf_robust.trainers.guards import check_arguments, check_model, check_processing_class
+from hf_robust.trainers.meters import Meters, Stopwatch, on_any_process
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class CAPOConfig(AttackArguments, DPOConfig):
+    """
+    Configuration of [`CAPOTrainer`]: all of [`~trl.DPOConfig`], the attack
+    ([`~hf_robust.trainers.attack_arguments.AttackArguments`]) and the fields below, whose defaults are those of
+    arXiv 2405.15589.
+
+    Parameters:
+        loss_type (`list[str]`, defaults to `["ipo"]`):
+            Loss of [`~trl.DPOTrainer`]; the paper's is IPO.
+        beta (`float`, defaults to `0.25`):
+            IPO's beta: the margin of the token-mean log-ratios is `1 / (2 * beta)`, 2.0 nats.
+        reference_compat (`bool`, defaults to `False`):
+            Reproduce the authors' released code where it differs: per-token log-probabilities of the rejected answer below
+            -5 count as 0, the last perturbation instead of the best, and an absolute step of 1e-4 unless
+            `attack_step_size` is set.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["ipo"], metadata={"help": "Loss of DPOTrainer; the paper's is ipo."}
+    )
+    beta: float = field(default=0.25, metadata={"help": "IPO's beta: the margin is 1 / (2 * beta)."})
+    reference_compat: bool = field(
+        default=False, metadata={"help": "Reproduce the authors' code where it differs from the paper."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.reference_compat:
+            self.attack_keep = self.attack_keep or "last"
+            if self.attack_step_size is None:
+                self.attack_step_size, self.attack_step_size_relative = 1e-4, False
+        check_at_least("beta", self.beta, 1e-8, "The paper uses 0.25.")
+        super().__post_init__()
+
+
+class _PerturbedPolicy:
+    """
+    The policy as [`~trl.DPOTrainer`] calls it, with the perturbation added in its forwards only: the reference runs through
+    the same module (adapter off) and must see the clean prompt.
+
+    Args:
+        model: the wrapped policy.
+        site: its input embeddings.
+        delta: `[2n, length, hidden]`, chosen rows first.
+        accelerator: to agree with the other processes on a second forward.
+        zero_confident: reproduce the released code's threshold on the rejected answer's tokens.
+    """
+
+    def __init__(
+        self, model: nn.Module, site: EmbeddingSite, delta: torch.Tensor, accelerator: Accelerator, *, zero_confident: bool
+    ):
+        self._model, self._site, self._delta, self._accelerator = model, site, delta, accelerator
+        self._zero_confident = zero_confident
+        self.broken = torch.zeros(delta.shape[0] // 2, dtype=torch.bool, device=delta.device)
+
+    def __call__(self, **inputs: Any) -> Any:
+        outputs = self._forward(inputs)
+        if getattr(outputs, "log_probs", None) is None:  # logits for `compute_metrics`
+            return outputs
+        broken = ~outputs.log_probs.detach().isfinite().all(dim=1).view(2, -1).all(dim=0)
+        if on_any_process(self._accelerator, broken):
+            # The last step went where the model has no finite loss: those pairs train on the clean prompt instead
+            self.broken = broken
+            self._delta = torch.where(broken.repeat(2).view(-1, 1, 1), 0.0, self._delta)
+            outputs = self._forward(inputs)
+        if self._zero_confident:
+            chosen, rejected = outputs.log_probs.chunk(2)
+            outputs.log_probs = torch.cat([chosen, zero_confident_tokens(rejected)])
+        return outputs
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        with self._site.add(self._delta):
+            return self._model(**inputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class CAPOTrainer(DPOTrainer):
+    """
+    Trainer for Continuous Adversarial Preference Optimisation (C-AdvIPO), introduced in
+    [Efficient Adversarial Training in LLMs with Continuous Attacks](https://huggingface.co/papers/2405.15589).
+
+    An attack perturbs the embeddings of each prompt so that the rejected answer becomes likely; [`~trl.DPOTrainer`]'s loss
+    (IPO) then compares chosen and rejected answer under that perturbation with the reference on the clean prompt:
+
+    `(h - 1 / (2 * beta))^2`, where `h = [log p(chosen | x + delta) - log p_ref(chosen | x)] - [the same for rejected]`
+
+    with log-probabilities averaged over label tokens. No utility rows are needed.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            As for [`~trl.DPOTrainer`]. A full model that is already in memory works too: its reference log-probabilities are
+            computed before training (`precompute_ref_log_probs`), never by loading a second copy.
+        ref_model ([`~transformers.PreTrainedModel`], *optional*):
+            As for [`~trl.DPOTrainer`].
+        args ([`CAPOConfig`], *optional*):
+            Configuration. A [`~trl.DPOConfig`] is taken over, `loss_type` and `beta` included.
+        *parent_args, **parent_kwargs:
+            All other arguments of [`~trl.DPOTrainer`].
+
+    Raises:
+        ValueError: the data, the model or the configuration cannot be trained on; before training starts.
+
+    Example:
+
+    ```python
+    >>> trainer = CAPOTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     args=CAPOConfig(output_dir="robust"),
+    ...     train_dataset=preference_rows,
+    ...     peft_config=LoraConfig(r=64, lora_alpha=16, target_modules="all-linear"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["hf_robust", "capo", "trl", "dpo"]
+    _name = "CAPO"
+    _paper = {
+        "title": "Efficient Adversarial Training in LLMs with Continuous Attacks",
+        "id": "2405.15589",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{xhonneux2024efficient,
+                title        = {{Efficient Adversarial Training in LLMs with Continuous Attacks}},
+                author       = {Sophie Xhonneux and Alessandro Sordoni and Stephan G{\\"u}nnemann and Gauthier Gidel and Leo Schwinn},
+                year         = 2024,
+                booktitle    = {Advances in Neural Information Processing Systems 37 (NeurIPS 2024)},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: CAPOConfig | TrainingArguments | None = None,
+        *parent_args: Any,
+        **parent_kwargs: Any,
+    ):
+        args = take_over(args, CAPOConfig, "capo")
+        check_arguments(args)
+        if args.attack_positions == "user_content":
+            raise ValueError(
+                "`attack_positions='user_content'` is not supported by CAPOTrainer, whose batches come from DPOTrainer and "
+                "carry no marks of the user's words: use 'all_prompt'."
+            )
+        check_processing_class(parent_kwargs.get("processing_class"))
+        in_memory = not isinstance(model, str) and not is_peft_model(model) and parent_kwargs.get("peft_config") is None
+        if in_memory and ref_model is None and not args.precompute_ref_log_probs:
+            datasets = [*parent_args[1:3], parent_kwargs.get("train_dataset"), parent_kwargs.get("eval_dataset")]
+            if any(isinstance(dataset, IterableDataset) for dataset in datasets):
+                raise ValueError(
+                    "`train_dataset` or `eval_dataset` is streaming and `model` is a full model in memory: its reference "
+                    "log-probabilities cannot be computed beforehand. Pass `ref_model`, a `peft_config`, or a map-style "
+                    "dataset."
+                )
+            logger.info("Reference log-probabilities of the in-memory model are computed before training.")
+            args.precompute_ref_log_probs = True
+
+        super().__init__(model, ref_model, args, *parent_args, **parent_kwargs)
+
+        check_processing_class(self.processing_class)
+        check_model(self.model, self.accelerator)
+        self.attack = args.build_attack(seed=args.seed)
+        self.eval_attack = args.build_attack(args.eval_attack_steps, seed=args.seed)
+        self._meters = Meters()
+        self._stopwatch = Stopwatch(self.accelerator.device)
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        """The parent's loss, with the perturbation in the policy's forward and not in the reference's."""
+        training = self.model.training
+        attack = self.attack if training else self.eval_attack
+        if attack.is_off and not self.args.reference_compat:
+            return super()._compute_loss(model, inputs, return_outputs)
+        inner = self.accelerator.unwrap_model(model)
+        with self._stopwatch:
+            found = self._search(inner, inputs, attack)
+        policy = _PerturbedPolicy(
+            model,
+            EmbeddingSite(inner),
+            torch.cat([found.delta, found.delta]),  # the batch is [chosen, rejected] over the same right-padded prompts
+            self.accelerator,
+            zero_confident=self.args.reference_compat,
+        )
+        result = super()._compute_loss(policy, inputs, return_outputs)
+        if training and not attack.is_off:
+            rows = found.delta.shape[0]
+            self._meters.add("attack_non_finite", (found.non_finite | policy.broken).sum(), rows)
+            self._meters.add("attack_loss_first", found.first_loss.nan_to_num().sum(), rows)
+            self._meters.add("attack_loss_last", found.last_loss.nan_to_num().sum(), rows)
+        return result
+
+    def _search(self, inner: nn.Module, inputs: dict[str, torch.Tensor], attack: EmbeddingAttack) -> SearchResult:
+        """Attack the prompts of the batch so that the rejected answers become likely."""
+        rows = inputs["input_ids"].shape[0] // 2
+        rejected = {name: inputs[name][rows:] for name in ("input_ids", "attention_mask", "completion_mask")}
+        return attack.search(
+            inner,
+            input_ids=rejected["input_ids"],
+            attention_mask=rejected["attention_mask"],
+            labels=rejected["input_ids"].masked_fill(rejected["completion_mask"] == 0, -100),
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log: losses of the attack and its share of the time."""
+        if self.model.training:
+            means = self._meters.read(self.accelerator)
+            if means:
+                means["attack_time_share"] = self._stopwatch.read_share()
+            logs.update(means)
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The parent's estimate plus the attack's: 4 operations a token, parameter and step on the rejected rows."""
+        operations = super().floating_point_ops(inputs)
+        if self.attack.is_off:
+            return operations
+        per_token = 4 * self.attack.steps + (2 if self.attack.keep == "best" else 0)
+        tokens = inputs["input_ids"].numel() // 2
+        return operations + per_token * tokens * self.model.num_parameters(exclude_embeddings=True)

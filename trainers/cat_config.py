@@ -1,0 +1,79 @@
+"""Configuration of [`CATTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from trl import SFTConfig
+
+from hf_robust.threats import check_at_least
+from hf_robust.trainers.attack_arguments import AttackArguments
+
+
+@dataclass
+class CATConfig(AttackArguments, SFTConfig):
+    """
+    Configuration of [`CATTrainer`]: all of [`~trl.SFTConfig`], the attack
+    ([`~hf_robust.trainers.attack_arguments.AttackArguments`]) and the fields below, whose defaults are those of
+    arXiv 2405.15589 (section 4 and the released configuration).
+
+    Parameters:
+        away_weight (`float`, defaults to `0.5`):
+            Weight of `-CE(rejected | prompt + delta)`.
+        toward_weight (`float`, defaults to `0.5`):
+            Weight of `CE(chosen | prompt + delta)`.
+        utility_weight (`float`, defaults to `1.0`):
+            Weight of the parent's loss on the utility rows, which stay clean.
+        away_cutoff (`float`, defaults to `-5.0`):
+            Value (negative nats per token) of a row's away loss below which it falls at slope 0.001 only.
+        toward_cutoff (`float`, defaults to `0.5`):
+            Value (nats per token) of a row's toward loss below which it falls at slope 0.001 only.
+        adversarial_fraction (`float`, defaults to `0.125`):
+            Share of adversarial rows among all rows of an optimizer step. The utility rows are
+            `per_device_train_batch_size` a device and micro-batch, as in [`~trl.SFTTrainer`]; the adversarial rows come on
+            top.
+        attack_batch_size (`int`, *optional*):
+            Adversarial rows attacked at a time on one device, over all micro-batches of the step. The outer forward that
+            follows holds twice as many rows (chosen and rejected). Default: `per_device_train_batch_size`.
+        utility_kl_weight (`float`, defaults to `0.0`):
+            Weight of KL(before ‖ now) of the next-token distributions on the utility rows' labels, where "before" is the
+            model with its adapter switched off. Not in the paper; needs PEFT and costs two forwards of the utility rows.
+        reference_compat (`bool`, defaults to `False`):
+            Reproduce the authors' released code where it differs: cut-offs on the mean over a micro-batch's adversarial
+            rows instead of on each row, the discontinuous form of the cut-off, the last perturbation instead of the best,
+            and an absolute step of 1e-4 unless `attack_step_size` is set.
+    """
+
+    away_weight: float = field(default=0.5, metadata={"help": "Weight of the loss away from the rejected answer."})
+    toward_weight: float = field(default=0.5, metadata={"help": "Weight of the loss toward the chosen answer."})
+    utility_weight: float = field(default=1.0, metadata={"help": "Weight of the loss on the clean utility rows."})
+    away_cutoff: float = field(default=-5.0, metadata={"help": "The away loss of a row is leaky below this value."})
+    toward_cutoff: float = field(default=0.5, metadata={"help": "The toward loss of a row is leaky below this value."})
+    adversarial_fraction: float = field(
+        default=0.125, metadata={"help": "Share of adversarial rows among all rows of an optimizer step."}
+    )
+    attack_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Adversarial rows attacked at a time. Default: per_device_train_batch_size."},
+    )
+    utility_kl_weight: float = field(
+        default=0.0, metadata={"help": "Weight of KL(before, now) on the utility rows. Needs PEFT."}
+    )
+    reference_compat: bool = field(
+        default=False, metadata={"help": "Reproduce the authors' code where it differs from the paper."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.reference_compat:
+            self.attack_keep = self.attack_keep or "last"
+            if self.attack_step_size is None:
+                self.attack_step_size, self.attack_step_size_relative = 1e-4, False
+        for name in ("away_weight", "toward_weight", "utility_weight", "utility_kl_weight"):
+            check_at_least(name, getattr(self, name), 0, "Use 0 to leave the term out.")
+        if not 0 < self.adversarial_fraction < 1:
+            raise ValueError(
+                f"`adversarial_fraction={self.adversarial_fraction!r}` must lie strictly between 0 and 1: there would be no "
+                "adversarial rows, or no utility rows. To switch the adversarial terms off, set `away_weight=0` and "
+                "`toward_weight=0`."
+            )
+        if self.attack_batch_size is not None:
+            check_at_least("attack_batch_size", self.attack_batch_size, 1, "Leave it unset for the per-device batch.")
+        super().__post_init__()
