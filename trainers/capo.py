@@ -1,25 +1,32 @@
 """Continuous adversarial preference optimisation (CAPO): [`CAPOTrainer`] stands where [`~trl.DPOTrainer`] stood."""
 
+import atexit
+import os
+import shutil
+import tempfile
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator, logging
-from accelerate.utils import is_peft_model
-from datasets import IterableDataset
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from hf_robust.attacks import EmbeddingAttack
 from hf_robust.attacks.gradient import SearchResult
+from hf_robust.data.checks import check_preferences
 from hf_robust.objectives import zero_confident_tokens
 from hf_robust.sites import EmbeddingSite
 from hf_robust.threats import check_at_least
 from hf_robust.trainers.attack_arguments import AttackArguments, take_over
 from hf_robust.trainers.guards import check_arguments, check_model, check_processing_class
 from hf_robust.trainers.meters import Meters, Stopwatch, on_any_process
+from hf_robust.trainers.schedule import start_seed
 
 
 logger = logging.get_logger(__name__)
@@ -103,6 +110,23 @@ class _PerturbedPolicy:
         return getattr(self._model, name)
 
 
+def _for_chosen(delta: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """
+    The perturbation of the rejected rows, moved to where the same prompt tokens stand in the chosen rows. Those are the
+    same places unless `truncation_mode="keep_end"` cut the two prompts of a pair at different tokens.
+
+    Args:
+        delta: `[n, length, hidden]`, zero outside the prompts.
+        inputs: batch of `2n` rows, chosen first.
+    """
+    prompt = inputs["attention_mask"].bool() & (inputs["completion_mask"] == 0)
+    chosen_start, rejected_start = inputs["completion_mask"].argmax(dim=1).chunk(2)  # prompts end where answers start
+    source = torch.arange(delta.shape[1], device=delta.device) + (rejected_start - chosen_start).unsqueeze(1)
+    inside = (source >= 0) & (source < rejected_start.unsqueeze(1)) & prompt[: delta.shape[0]]
+    source = source.clamp(0, delta.shape[1] - 1).unsqueeze(-1).expand_as(delta)
+    return torch.where(inside.unsqueeze(-1), delta.gather(1, source), 0.0)
+
+
 class CAPOTrainer(DPOTrainer):
     """
     Trainer for Continuous Adversarial Preference Optimisation (C-AdvIPO), introduced in
@@ -173,10 +197,13 @@ class CAPOTrainer(DPOTrainer):
                 "carry no marks of the user's words: use 'all_prompt'."
             )
         check_processing_class(parent_kwargs.get("processing_class"))
+        given = self._datasets(parent_args, parent_kwargs)
+        for name, dataset in given:
+            if isinstance(dataset, Dataset):
+                check_preferences(dataset, name)
         in_memory = not isinstance(model, str) and not is_peft_model(model) and parent_kwargs.get("peft_config") is None
         if in_memory and ref_model is None and not args.precompute_ref_log_probs:
-            datasets = [*parent_args[1:3], parent_kwargs.get("train_dataset"), parent_kwargs.get("eval_dataset")]
-            if any(isinstance(dataset, IterableDataset) for dataset in datasets):
+            if any(isinstance(dataset, IterableDataset) for _, dataset in given):
                 raise ValueError(
                     "`train_dataset` or `eval_dataset` is streaming and `model` is a full model in memory: its reference "
                     "log-probabilities cannot be computed beforehand. Pass `ref_model`, a `peft_config`, or a map-style "
@@ -194,6 +221,56 @@ class CAPOTrainer(DPOTrainer):
         self._meters = Meters()
         self._stopwatch = Stopwatch(self.accelerator.device)
 
+    @staticmethod
+    def _datasets(parent_args: tuple, parent_kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Training and evaluation datasets with the names of their arguments; several evaluation datasets one by one."""
+        names = ("data_collator", "train_dataset", "eval_dataset")
+        arguments = {**dict(zip(names, parent_args, strict=False)), **parent_kwargs}
+        found = []
+        for name in names[1:]:
+            value = arguments.get(name)
+            found += [(name, split) for split in (value.values() if isinstance(value, Mapping) else [value])]
+        return found
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        """The parent's tokenization; refuses a dataset of which truncation leaves nothing."""
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(prepared, Dataset) and len(prepared) == 0:
+            raise ValueError(
+                f"`max_length={args.max_length!r}` leaves no label of any of the {len(dataset)} rows of the {dataset_name} "
+                "dataset: every prompt fills it. Raise `max_length`, or shorten the prompts."
+            )
+        return prepared
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        """The parent's reference log-probabilities, also of a dataset that was made in memory."""
+        # One process writes them beside the dataset's own files and all read them there (TRL 1.16). A dataset in memory
+        # has no files, or each process has its own: give it files that all share. Remove when TRL does.
+        files = dataset.cache_files if isinstance(dataset, Dataset) else []
+        folders = gather_object([os.path.dirname(files[0]["filename"]) if files else None])
+        if self.accelerator.num_processes > 1 and (None in folders or len(set(folders)) > 1):
+            is_main = self.accelerator.is_main_process
+            shared = [tempfile.mkdtemp(prefix="hf_robust_reference_") if is_main else ""]
+            broadcast_object_list(shared, from_process=0)
+            if is_main:
+                atexit.register(shutil.rmtree, shared[0], ignore_errors=True)
+                dataset.save_to_disk(shared[0])
+            self.accelerator.wait_for_everyone()
+            dataset = Dataset.load_from_disk(shared[0])
+        return super()._precompute_ref_logps(dataset, name, batch_size)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The parent's micro-batches; the window's attacks start from points of their own."""
+        self.attack.generator.manual_seed(
+            start_seed(self.args.seed, self.state.global_step, self.accelerator.process_index)
+        )
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
+        """The parent's loop; every evaluation starts its attacks at the same points."""
+        self.eval_attack.generator.manual_seed(start_seed(self.args.seed, 0, self.accelerator.process_index))
+        return super().evaluation_loop(*args, **kwargs)
+
     def _compute_loss(self, model, inputs, return_outputs):
         """The parent's loss, with the perturbation in the policy's forward and not in the reference's."""
         training = self.model.training
@@ -206,7 +283,7 @@ class CAPOTrainer(DPOTrainer):
         policy = _PerturbedPolicy(
             model,
             EmbeddingSite(inner),
-            torch.cat([found.delta, found.delta]),  # the batch is [chosen, rejected] over the same right-padded prompts
+            torch.cat([_for_chosen(found.delta, inputs), found.delta]),  # the batch is [chosen, rejected]
             self.accelerator,
             zero_confident=self.args.reference_compat,
         )

@@ -19,7 +19,7 @@ from hf_robust.trainers.attack_arguments import take_over
 from hf_robust.trainers.cat_config import CATConfig
 from hf_robust.trainers.guards import check_arguments, check_model, check_processing_class
 from hf_robust.trainers.meters import Meters, Stopwatch, on_any_process
-from hf_robust.trainers.schedule import AdversarialSchedule, rows_of_process, spread
+from hf_robust.trainers.schedule import AdversarialSchedule, rows_of_process, spread, start_seed
 
 
 # Key under which a micro-batch carries its chunks of adversarial rows from the data side to the loss.
@@ -144,6 +144,7 @@ class CATTrainer(SFTTrainer):
             self.processing_class,
             max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode,
+            rejected_end=self.args.rejected_end,
             num_proc=self.args.dataset_num_proc,
             name=name,
         )
@@ -164,11 +165,12 @@ class CATTrainer(SFTTrainer):
         """The parent's micro-batches of a window, with the window's adversarial rows attached in chunks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and not self._adversarial_is_off:
-            step, processes = self.state.global_step, self.accelerator.num_processes
+            step, process = self.state.global_step, self.accelerator.process_index
             window = self._get_schedule().window(step)
-            chunks = self._chunks(window, step, self.accelerator.process_index, processes)
+            chunks = self._chunks(window, step, process, self.accelerator.num_processes)
             for batch, chunk in zip(spread(len(chunks), len(batches)), chunks, strict=True):
                 batches[batch].setdefault(_CHUNKS, []).append(chunk)
+            self.attack.generator.manual_seed(start_seed(self.args.seed, step, process))
         return batches, num_items
 
     def _get_schedule(self) -> AdversarialSchedule:
@@ -193,13 +195,16 @@ class CATTrainer(SFTTrainer):
         mine = rows_of_process(list(range(len(window))), step, process, processes)
         size = self.args.attack_batch_size or self._train_batch_size
         pieces = [mine[start : start + size] for start in range(0, len(mine), size)]
+        # Chunks with a row, over all processes; of `n` rows, each process has `n // processes` or one more
+        held = [(len(window) + rank) // processes for rank in range(processes)]
+        num_chunks = sum(-(-rows_held // size) for rows_held in held)
         # A place without a row repeats the first row at weight 0: its forwards keep the processes in step
         return [
             {
                 **self._collate(rows, piece),
                 "chosen_total": sum(chosen for chosen, _ in lengths),
                 "rejected_total": sum(rejected for _, rejected in lengths),
-                "num_chunks": len(pieces) * min(processes, len(window)),
+                "num_chunks": num_chunks,
             }
             for piece in pieces
         ]
@@ -380,6 +385,8 @@ class CATTrainer(SFTTrainer):
         places = rows_of_process(list(range(len(dataset))), 0, self.accelerator.process_index, processes)
         size = self.args.per_device_eval_batch_size
         totals = torch.zeros(4, device=self.accelerator.device)
+        # Every evaluation starts its attacks at the same points, so that their losses can be compared
+        self.eval_attack.generator.manual_seed(start_seed(self.args.seed, 0, self.accelerator.process_index))
         was_training = self.model.training
         self.model.eval()
         try:

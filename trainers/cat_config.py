@@ -33,6 +33,10 @@ class CATConfig(AttackArguments, SFTConfig):
         attack_batch_size (`int`, *optional*):
             Adversarial rows attacked at a time on one device, over all micro-batches of the step. The outer forward that
             follows holds twice as many rows (chosen and rejected). Default: `per_device_train_batch_size`.
+        rejected_end (`bool`, defaults to `False`):
+            Whether the end-of-turn token behind a rejected answer counts as a label. Public targets are beginnings of
+            answers ("Sure, here is"), behind which no model ends its turn: with that label, the away loss is met by making
+            the end unlikely, and the harmful beginning stays.
         utility_kl_weight (`float`, defaults to `0.0`):
             Weight of KL(before ‖ now) of the next-token distributions on the utility rows' labels, where "before" is the
             model with its adapter switched off. Not in the paper; needs PEFT and costs two forwards of the utility rows.
@@ -53,6 +57,9 @@ class CATConfig(AttackArguments, SFTConfig):
     attack_batch_size: int | None = field(
         default=None,
         metadata={"help": "Adversarial rows attacked at a time. Default: per_device_train_batch_size."},
+    )
+    rejected_end: bool = field(
+        default=False, metadata={"help": "Whether the end-of-turn token of a rejected answer counts as a label."}
     )
     utility_kl_weight: float = field(
         default=0.0, metadata={"help": "Weight of KL(before, now) on the utility rows. Needs PEFT."}

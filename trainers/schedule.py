@@ -73,3 +73,17 @@ def spread(num_chunks: int, num_batches: int) -> list[int]:
         num_batches: micro-batches of the window.
     """
     return [(chunk * num_batches) // num_chunks for chunk in range(num_chunks)]
+
+
+def start_seed(seed: int, step: int, process: int) -> int:
+    """
+    Seed of an attack's random starts in one window. A function of the step alone: a trainer's checkpoint holds no state of
+    the attack's generator, and a resumed run has to start its attacks where an uninterrupted one does.
+
+    Args:
+        seed: the run's seed.
+        step: the window's number.
+        process: rank of this process, whose rows are others than those of its neighbours.
+    """
+    # Large odd factors keep runs, windows and processes apart; 63 bits are what a generator takes
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xC2B2AE3D27D4EB4F + process * 0x165667B19E3779F9) % 2**63

@@ -1,12 +1,18 @@
 """The continuous attack in an epsilon-ball around the prompt's embeddings."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
+from hf_robust.attacks.generation import greedy
 from hf_robust.attacks.gradient import KEEPS, STEP_RULES, SearchResult, gradient_search
+from hf_robust.attacks.prompts import AttackPrompt, Prompt, max_positions, pad_id, render_prompts
+from hf_robust.attacks.results import AttackResult
+from hf_robust.data.preferences import user_token_mask
 from hf_robust.objectives import per_row_mean, token_nll
 from hf_robust.sites import EmbeddingSite, LabelIndex, check_not_reentrant, label_logits, quiet
 from hf_robust.threats import INITS, NORMS, check_at_least, check_choice, initial
@@ -43,6 +49,9 @@ class EmbeddingAttack:
         early_stop: loss (nats per token) below which a row stops moving; `None` never stops. Once all rows have stopped,
             the attack ends, which costs one wait for the device each step.
         seed: seed of the attack's own generator, used by `init="random"` only. The global random state is never touched.
+        batch_size: behaviours that [`attack`] takes together.
+        max_new_tokens: length of the completions of [`attack`] at most.
+        progress: whether [`attack`] shows a progress bar.
 
     Raises:
         ValueError: an argument is out of range or unknown.
@@ -70,6 +79,9 @@ class EmbeddingAttack:
         keep: str = "best",
         early_stop: float | None = None,
         seed: int = 0,
+        batch_size: int = 16,
+        max_new_tokens: int = 128,
+        progress: bool = True,
     ):
         if not (isinstance(epsilon, float) and math.isinf(epsilon) and epsilon > 0):
             check_at_least("epsilon", epsilon, 0, "Use 0 to switch the attack off, `math.inf` for no bound.")
@@ -82,6 +94,10 @@ class EmbeddingAttack:
         check_choice("init", init, INITS)
         check_choice("positions", positions, POSITIONS)
         check_choice("keep", keep, KEEPS)
+        check_at_least("batch_size", batch_size, 1, "Give the number of behaviours attacked together.")
+        check_at_least("max_new_tokens", max_new_tokens, 1, "Give the length of a completion.")
+        if early_stop is not None:
+            check_at_least("early_stop", early_stop, 0, "Give a loss in nats per token, or `None` never to stop early.")
         if math.isinf(epsilon) and (init == "random" or step_size_relative):
             raise ValueError(
                 "`epsilon=inf` has no radius for `init='random'` or `step_size_relative=True` to refer to: use "
@@ -98,6 +114,7 @@ class EmbeddingAttack:
         self.positions = positions
         self.keep = keep
         self.early_stop = early_stop
+        self.batch_size, self.max_new_tokens, self.progress = batch_size, max_new_tokens, progress
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -205,6 +222,94 @@ class EmbeddingAttack:
                 keep=self.keep,
                 stop_on_hit=self.early_stop is not None,
             )
+
+    def attack(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        prompts: Sequence[Prompt],
+        targets: Sequence[str],
+    ) -> list[AttackResult]:
+        """
+        Attack behaviours and generate under the perturbation, with the call of every attack on generated text.
+
+        Args:
+            model: causal language model or PEFT model, unwrapped.
+            tokenizer: the model's tokenizer.
+            prompts: one for each behaviour: plain text, used as it is, or a conversation, to which the chat template is
+                applied with `add_generation_prompt=True`.
+            targets: the beginning of the answer that each perturbation is to bring about.
+
+        Returns:
+            One result for each behaviour, in order; `embeddings` is the perturbation of the prompt's tokens.
+
+        Raises:
+            ValueError: empty or mismatched lists, a prompt that exceeds the model's positions, or (for
+                `positions="user_content"`) user words that cannot be located.
+        """
+        behaviors = render_prompts(
+            tokenizer, prompts=prompts, targets=targets, suffix_length=0, init=None, max_length=max_positions(model)
+        )
+        results: list[AttackResult] = []
+        with tqdm(total=len(behaviors), desc="Embedding ball", disable=not self.progress) as bar:
+            for start in range(0, len(behaviors), self.batch_size):
+                group = behaviors[start : start + self.batch_size]
+                results += self._attack_group(model, tokenizer, group)
+                bar.update(len(group))
+        return results
+
+    def _attack_group(
+        self, model: nn.Module, tokenizer: Any, group: Sequence[AttackPrompt]
+    ) -> list[AttackResult]:
+        device = next(EmbeddingSite(model).module.parameters()).device
+        length = max(behavior.length for behavior in group)
+        input_ids = torch.full((len(group), length), pad_id(model, tokenizer))
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, -100)
+        user_mask = torch.zeros_like(input_ids, dtype=torch.bool) if self.positions == "user_content" else None
+        for row, behavior in enumerate(group):
+            prompt, total = behavior.prompt_ids(), behavior.length
+            input_ids[row, :total] = torch.tensor(prompt + behavior.target)
+            attention_mask[row, :total] = 1
+            labels[row, len(prompt) : total] = torch.tensor(behavior.target)
+            if user_mask is not None:
+                mask = user_token_mask(behavior.prompt, tokenizer)
+                if mask is None:
+                    raise ValueError(
+                        "`positions='user_content'`: the user's words cannot be located in "
+                        f"{behavior.prompt!r} (slow tokenizer, or a chat template that changes them). Use 'all_prompt'."
+                    )
+                user_mask[row, : len(prompt)] = torch.tensor(mask[: len(prompt)], dtype=torch.bool)
+        found = self.search(
+            model,
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            labels=labels.to(device),
+            user_mask=None if user_mask is None else user_mask.to(device),
+        )
+        deltas = [found.delta[row, : len(behavior.prompt_ids())] for row, behavior in enumerate(group)]
+        texts = greedy(
+            model,
+            tokenizer,
+            [behavior.prompt_ids() for behavior in group],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=len(group),
+            deltas=[(0, delta) for delta in deltas],
+        )
+        losses = found.losses.T.tolist()
+        return [
+            AttackResult(
+                embeddings=deltas[row].cpu(),
+                loss=float(found.last_loss[row]),
+                losses=losses[row],
+                completion=texts[row],
+                hit=bool(found.hit[row]),
+                num_forwards=found.num_forwards,
+                num_backwards=found.num_backwards,
+            )
+            for row in range(len(group))
+        ]
 
     def attacked_positions(
         self, attention_mask: torch.Tensor, labels: torch.Tensor, user_mask: torch.Tensor | None = None

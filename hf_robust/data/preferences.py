@@ -144,8 +144,25 @@ def _marked_spans(marked: str, start: str, end: str) -> list[tuple[int, int]]:
     return spans if opened is None else []
 
 
+def _without_end(ids: list[int], answer: str | list[dict[str, Any]], tokenizer: Any) -> list[int]:
+    """Token ids of an answer up to where its own words end: no end-of-sequence or end-of-turn token behind them."""
+    text = answer if isinstance(answer, str) else answer[-1].get("content")
+    if not isinstance(text, str) or not text.strip():
+        return ids
+    words, end = text.strip(), len(ids)
+    while end > 1 and words in tokenizer.decode(ids[: end - 1]):
+        end -= 1
+    return ids[:end]
+
+
 def _tokenize_row(
-    row: dict[str, Any], *, tokenizer: Any, max_length: int | None, truncation_mode: str, conversational: bool
+    row: dict[str, Any],
+    *,
+    tokenizer: Any,
+    max_length: int | None,
+    truncation_mode: str,
+    conversational: bool,
+    rejected_end: bool,
 ) -> dict[str, Any]:
     """One row as TRL's `DPOTrainer` tokenizes it, cut to `max_length`; `drop` says why nothing is left of it."""
     row = with_prompt(row)
@@ -168,6 +185,8 @@ def _tokenize_row(
     cut_off = prompt_ids[prompt_length:]
     prompt_ids = prompt_ids[:prompt_length]
     chosen_ids, rejected_ids = chosen_ids[prompt_length:], rejected_ids[prompt_length:]
+    if not rejected_end:
+        rejected_ids = _without_end(rejected_ids, row["rejected"], tokenizer)
     user_mask = None if user_mask is None else user_mask[:prompt_length]
 
     # What `max_length` must be for at least one label of either answer behind the prompt.
@@ -207,6 +226,7 @@ def tokenize_preferences(
     *,
     max_length: int | None,
     truncation_mode: str = "keep_start",
+    rejected_end: bool = True,
     num_proc: int | None = None,
     name: str = "adversarial_dataset",
 ) -> Dataset:
@@ -223,6 +243,8 @@ def tokenize_preferences(
         max_length: most tokens of prompt and answer together; `None` for no limit.
         truncation_mode: `"keep_start"` (TRL's default) cuts the answer's end; `"keep_end"` cuts the prompt's start, to
             one common prompt for both answers (TRL cuts each pair on its own).
+        rejected_end: whether the rejected answer keeps the end-of-sequence or end-of-turn token behind its words, as in
+            TRL. `False` for rejected answers that are beginnings ("Sure, here is"): no model would end there.
         num_proc: processes of `Dataset.map`.
         name: name of the dataset's argument, for messages.
 
@@ -260,6 +282,7 @@ def tokenize_preferences(
             "max_length": max_length,
             "truncation_mode": truncation_mode,
             "conversational": kind == "messages",
+            "rejected_end": rejected_end,
         },
         remove_columns=dataset.column_names,
         # Given, because a column of `None` alone has no type of its own.

@@ -1,0 +1,64 @@
+"""A report as a text table: one line for each figure, one column for each model."""
+
+from hf_robust.report.report import Measurement, Report
+
+
+METRIC_NAMES = {
+    "affirmative": "affirmative prefix",
+    "exact": "withheld answer, exact",
+    "graded": "withheld answer, share of words",
+    "refusal": "refused",
+    "over_refusal": "over-refusal",
+    "utility": "utility (exact answer)",
+}
+
+
+def rows_of(report: Report) -> tuple[list[str], list[tuple[str, str, str, dict[str, Measurement]]]]:
+    """
+    Figures grouped for reading.
+
+    Args:
+        report: the report.
+
+    Returns:
+        The subjects in order, and a list of (split, attack, metric, {subject: measurement}) in order of appearance.
+    """
+    subjects = list(dict.fromkeys(m.subject for m in report.measurements))
+    grouped: dict[tuple[str, str, str], dict[str, Measurement]] = {}
+    for m in report.measurements:
+        grouped.setdefault((m.split, m.attack, m.metric), {})[m.subject] = m
+    return subjects, [(*key, cells) for key, cells in grouped.items()]
+
+
+def format_table(report: Report, *, markdown: bool = False, intervals: bool = True) -> str:
+    """
+    All figures of a report.
+
+    Args:
+        report: the report.
+        markdown: pipes for a model card, aligned columns for a terminal otherwise.
+        intervals: whether to print the 95 % interval behind each value.
+    """
+    subjects, rows = rows_of(report)
+
+    def cell(measurement: Measurement | None) -> str:
+        if measurement is None:
+            return "–"
+        text = f"{measurement.value:.2f}"
+        if intervals:
+            text += f" [{measurement.low:.2f}, {measurement.high:.2f}]"
+        if measurement.control is not None:
+            text += f" (control {measurement.control:.2f})"
+        return text
+
+    lines = [["prompts", "attack", "figure", "n", *subjects]]
+    for split, attack, metric, cells in rows:
+        count = str(next(iter(cells.values())).count)
+        name = METRIC_NAMES.get(metric, metric)
+        lines.append([split.replace("_", " "), attack, name, count, *(cell(cells.get(s)) for s in subjects)])
+    if markdown:
+        head, *body = (f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join([head, "|" + "---|" * len(lines[0]), *body])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = ["  ".join(value.ljust(width) for value, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
