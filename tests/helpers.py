@@ -18,7 +18,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-
 _COMMON = dict(
     vocab_size=61,
     hidden_size=16,

@@ -1,0 +1,105 @@
+"""
+Trainings whose weights must not depend on the number of processes. Imported for one process, and run as a script by
+`torchrun --nproc_per_node 2 two_processes.py FOLDER`, which leaves `FOLDER/weights.pt`.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.helpers import tiny_model
+from tests.trainer_data import (
+    adversarial_rows,
+    break_when_perturbed,
+    capo_trainer,
+    cat_trainer,
+    lora,
+    tiny_tokenizer,
+    train,
+)
+
+CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+# Utility rows of a window are 8: these fractions make 1, 3 and 4 adversarial rows
+ONE, THREE, FOUR = 1 / 9, 3 / 11, 1 / 3
+# One step keeps a perturbation that was never evaluated, so that the outer forward is the first to meet the NaN
+ONE_STEP = {"attack_steps": 1}
+
+
+def _cat(**args: Any) -> Any:
+    return lambda folder, batch: cat_trainer(tiny_model(), folder, **_scaled(batch, args))
+
+
+def _cat_lora(**args: Any) -> Any:
+    return lambda folder, batch: cat_trainer(tiny_model(), folder, {"peft_config": lora()}, **_scaled(batch, args))
+
+
+def _capo(**args: Any) -> Any:
+    return lambda folder, batch: capo_trainer(tiny_model(), folder, **_scaled(batch, args))
+
+
+def _capo_lora(**args: Any) -> Any:
+    return lambda folder, batch: capo_trainer(tiny_model(), folder, {"peft_config": lora()}, **_scaled(batch, args))
+
+
+def _broken(make: Any, rows: str, **args: Any) -> Any:
+    def build(folder: str, batch: int) -> Any:
+        # The token is in some of the rejected answers only, so in the rows of one process at a time
+        model = break_when_perturbed(tiny_model(), tiny_tokenizer().convert_tokens_to_ids("three"))
+        return make(model, folder, {rows: adversarial_rows(8)}, **_scaled(batch, args))
+
+    return build
+
+
+def _scaled(batch: int, args: dict[str, Any]) -> dict[str, Any]:
+    accumulation = args.get("gradient_accumulation_steps", 1)
+    return {"per_device_train_batch_size": batch // accumulation, "attack_epsilon": 0.3, **args}
+
+
+CELLS: dict[str, Callable[[str, int], Any]] = {
+    "cat": _cat(adversarial_fraction=FOUR),
+    "cat-accumulated": _cat(adversarial_fraction=FOUR, gradient_accumulation_steps=2),
+    "cat-uneven": _cat(adversarial_fraction=THREE, attack_batch_size=1),
+    "cat-rank-without-row": _cat(adversarial_fraction=ONE),
+    "cat-window-without-row": _cat(adversarial_fraction=0.05),
+    "cat-reference": _cat(adversarial_fraction=THREE, attack_batch_size=1, reference_compat=True),
+    "cat-lora": _cat_lora(adversarial_fraction=FOUR),
+    "cat-lora-kl": _cat_lora(adversarial_fraction=ONE, utility_kl_weight=0.5),
+    "cat-checkpointing": _cat(adversarial_fraction=ONE, **CHECKPOINTING),
+    "cat-lora-checkpointing": _cat_lora(adversarial_fraction=ONE, **CHECKPOINTING),
+    "cat-broken": _broken(cat_trainer, "adversarial_dataset", adversarial_fraction=FOUR, **ONE_STEP),
+    "capo": _capo(),
+    "capo-accumulated": _capo(gradient_accumulation_steps=2),
+    "capo-lora": _capo_lora(),
+    "capo-checkpointing": _capo(**CHECKPOINTING),
+    "capo-lora-checkpointing": _capo_lora(**CHECKPOINTING),
+    "capo-broken": _broken(capo_trainer, "train_dataset", **ONE_STEP),
+}
+_LOGGED = ("away_loss", "toward_loss", "utility_loss", "utility_kl", "attack_loss_last", "attack_non_finite")
+
+
+def run_cell(name: str, batch: int) -> dict[str, Any]:
+    """Weights after three steps, what was logged, and under what the model ran."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = CELLS[name](folder, batch)
+        return {
+            "weights": train(trainer),
+            "logged": [{k: e[k] for k in _LOGGED if k in e} for e in trainer.state.log_history],
+            "num_processes": trainer.accelerator.num_processes,
+            "wrapper": type(trainer.model_wrapped).__name__,
+        }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = {name: run_cell(name, 4) for name in CELLS}
+    rank = torch.distributed.get_rank()
+    torch.save(found, Path(sys.argv[1]) / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
