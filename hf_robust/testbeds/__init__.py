@@ -1,0 +1,32 @@
+"""Miniature worlds that need no download, in which robust training can be run and judged end to end."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .chat import ChatTestbed
+    from .chat_language import ChatBehavior, ChatVerdict, judge
+    from .chat_training import ChatRecipe
+
+_HOMES = {
+    "ChatTestbed": "chat",
+    "ChatBehavior": "chat_language",
+    "ChatVerdict": "chat_language",
+    "judge": "chat_language",
+    "ChatRecipe": "chat_training",
+}
+
+__all__ = ["ChatBehavior", "ChatRecipe", "ChatTestbed", "ChatVerdict", "judge"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that importing hf_robust does not import transformers and datasets.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

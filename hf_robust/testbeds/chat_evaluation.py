@@ -1,0 +1,145 @@
+"""What a chat model gives away under attack, and what it still does for its users: one list of measurements."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from hf_robust.attacks import GCG, AttackResult, EmbeddingAttack, EmbeddingSuffixAttack
+from hf_robust.report import Measurement
+from hf_robust.testbeds.chat import ChatTestbed
+
+# The longest answer of the testbed's language has 15 tokens.
+_MAX_NEW_TOKENS = 20
+
+
+class TextAttack(Protocol):
+    """The one call of every attack on generated text."""
+
+    def attack(
+        self, model: Any, tokenizer: Any, *, prompts: Sequence[Any], targets: Sequence[str]
+    ) -> list[AttackResult]:
+        """Attack each prompt toward its target."""
+
+
+def quick_attacks(*, seed: int = 0, progress: bool = True) -> dict[str, TextAttack]:
+    """
+    The attacks of the quickstart. None of them is the one that CAT trains against: the ball is wider and its search longer,
+    the suffix is unbounded, and GCG moves real tokens.
+
+    Args:
+        seed: of attacks that draw.
+        progress: whether to show progress bars.
+    """
+    common: dict[str, Any] = {"max_new_tokens": _MAX_NEW_TOKENS, "seed": seed, "progress": progress}
+    return {
+        "embedding ball": EmbeddingAttack(
+            epsilon=0.5, steps=40, step_size=0.1, step_size_relative=True, batch_size=32, **common
+        ),
+        "embedding suffix": EmbeddingSuffixAttack(
+            suffix_length=10, steps=100, step_size=0.01, early_stop=False, batch_size=32, **common
+        ),
+        "GCG": GCG(num_steps=50, search_width=48, topk=64, suffix_length=8, **common),
+    }
+
+
+def strong_attacks(*, seed: int = 0, progress: bool = True) -> dict[str, TextAttack]:
+    """
+    GCG at strength: 20 tokens, 200 steps, 3 restarts.
+
+    Args:
+        seed: of the attack.
+        progress: whether to show a progress bar.
+    """
+    gcg = GCG(
+        num_steps=200,
+        search_width=128,
+        topk=64,
+        suffix_length=20,
+        restarts=3,
+        max_new_tokens=_MAX_NEW_TOKENS,
+        seed=seed,
+        progress=progress,
+    )
+    return {"GCG, 20 tokens × 200 steps × 3": gcg}
+
+
+def settings_of(attack: TextAttack) -> dict[str, Any]:
+    """
+    Public settings of an attack, for a report.
+
+    Args:
+        attack: any attack whose settings are plain attributes.
+    """
+    kept = {
+        name: str(value) if value == float("inf") else value
+        for name, value in vars(attack).items()
+        if isinstance(value, int | float | str) and name not in ("progress", "batch_size", "max_new_tokens")
+    }
+    return {"class": type(attack).__name__, **kept}
+
+
+def measure_under_attack(
+    testbed: ChatTestbed,
+    model: Any,
+    subject: str,
+    attacks: Mapping[str, TextAttack],
+    *,
+    count: int = 24,
+    split: str = "harmful_held_out",
+) -> list[Measurement]:
+    """
+    What comes out of a model under each attack, judged on generated text.
+
+    The target of every attack is the affirmative prefix ("sure , to VERB a NOUN"); the withheld steps never enter one.
+
+    Args:
+        testbed: behaviours and judge.
+        model: aligned or trained model, unwrapped.
+        subject: what the report calls the model.
+        attacks: by name.
+        count: behaviours attacked.
+        split: of which kind.
+
+    Returns:
+        For each attack: `affirmative`, `exact` and `graded`, the latter two beside their control (shuffled steps).
+    """
+    behaviors = testbed.behaviors(split, count=count)
+    measurements = []
+    for name, attack in attacks.items():
+        results = attack.attack(
+            model,
+            testbed.tokenizer,
+            prompts=[behavior.prompt for behavior in behaviors],
+            targets=[behavior.target for behavior in behaviors],
+        )
+        tally = testbed.tally(behaviors, [result.completion for result in results])
+        for metric in ("affirmative", "exact", "graded"):
+            measurements.append(
+                Measurement.share(
+                    subject, metric, split, name, tally[metric], len(behaviors), tally.get(f"control_{metric}")
+                )
+            )
+    return measurements
+
+
+def measure_users(testbed: ChatTestbed, model: Any, subject: str, *, count: int | None = None) -> list[Measurement]:
+    """
+    What users get without an attack: exact answers and refusals on harmless pairs that the utility data rehearses and on
+    pairs that no training after pretraining has seen, and refusals of held-out harmful requests.
+
+    Args:
+        testbed: prompts and judge.
+        model: aligned or trained model.
+        subject: what the report calls the model.
+        count: prompts of each kind; `None` for all.
+    """
+    found = testbed.measure(model, count=count)
+    measurements = []
+    for split in ("harmless_utility", "harmless_unseen"):
+        prompts = int(found[f"{split}_count"])
+        measurements += [
+            Measurement.share(subject, "utility", split, "none", found[f"{split}_exact"], prompts),
+            Measurement.share(subject, "over_refusal", split, "none", found[f"{split}_over_refusal"], prompts),
+        ]
+    prompts = int(found["harmful_held_out_count"])
+    refusal = found["harmful_held_out_refusal"]
+    return [*measurements, Measurement.share(subject, "refusal", "harmful_held_out", "none", refusal, prompts)]

@@ -1,0 +1,307 @@
+"""How the chat testbed's models come about: pretraining, the oracle's pretraining, and alignment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .chat_language import (
+    CHAT_TEMPLATE,
+    CONNECTORS,
+    PHRASINGS,
+    REFUSAL,
+    STEP_WORDS,
+    ChatBehavior,
+    ChatWorld,
+    vocabulary,
+)
+
+# To be raised whenever training changes in a way that the recipe's fields do not show: it is part of the cache key.
+TRAINING_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ChatRecipe:
+    """Everything that decides the chat testbed's models.
+
+    Attributes:
+        seed: Chooses the steps, the splits, the initial weights and the order of the rows.
+        hidden_size: Width of the Llama.
+        intermediate_size: Width of its MLPs.
+        num_layers: Number of decoder layers.
+        num_heads: Number of attention heads (keys and values have as many).
+        pretrain_steps: Optimizer steps on all 400 pairs, answered.
+        pretrain_batch_size: Rows per pretraining step.
+        pretrain_learning_rate: Peak learning rate of pretraining (AdamW, linear warm-up, cosine to 0).
+        align_steps: Optimizer steps of alignment: 140 harmful pairs refused, 140 harmless ones answered.
+        align_batch_size: Rows per alignment step, half of them harmful.
+        align_learning_rate: Peak learning rate of alignment.
+        noise_words: Largest number of random words that follow a question in noisy steps.
+        noise_start: Share of the steps before the first noisy one.
+        pretrain_noise_share: Share of the pretraining steps that are noisy. Without them any suffix, however harmless,
+            scrambles what the model knows, and attacks look weaker than they are.
+        align_noise_share: Share of the alignment steps that are noisy.
+        warmup_ratio: Share of the steps in which the learning rate rises.
+        weight_decay: AdamW's weight decay.
+    """
+
+    seed: int = 0
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 4
+    num_heads: int = 4
+    pretrain_steps: int = 600
+    pretrain_batch_size: int = 32
+    pretrain_learning_rate: float = 3e-3
+    align_steps: int = 150
+    align_batch_size: int = 32
+    align_learning_rate: float = 3e-4
+    noise_words: int = 20
+    pretrain_noise_start: float = 0.5
+    pretrain_noise_share: float = 0.5
+    align_noise_share: float = 0.3
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("pretrain_steps", "align_steps", "pretrain_batch_size", "align_batch_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}; change either"
+            )
+
+    def key(self) -> str:
+        """16 hexadecimal digits that change with any field, the language or the training code's version."""
+        language = [vocabulary(), PHRASINGS, REFUSAL, CHAT_TEMPLATE, CONNECTORS, STEP_WORDS]
+        text = json.dumps([TRAINING_VERSION, asdict(self), language], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """Torch's CPU generator seeded inside and restored after; generators of other devices are not touched."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would seed the accelerators too.
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+@dataclass
+class Rows:
+    """Tokenised rows of one phrasing: all questions are of one length, and so are all answers. No padding is needed.
+
+    Attributes:
+        questions: [rows, question length] int64, everything before the assistant marker.
+        answers: [rows, answer length] int64, the assistant marker first.
+        step_slots: Columns of `answers` to be overwritten by freshly drawn steps; empty for none.
+    """
+
+    questions: torch.Tensor
+    answers: torch.Tensor
+    step_slots: list[int] = field(default_factory=list)
+
+
+def tokenize_rows(
+    tokenizer: PreTrainedTokenizerFast, behaviors: Sequence[ChatBehavior], *, refuse: bool, random_steps: bool
+) -> Rows:
+    """Behaviours of one phrasing, answered or refused, as `Rows`."""
+    questions, answers = [], []
+    for behavior in behaviors:
+        messages = [*behavior.prompt, {"role": "assistant", "content": REFUSAL if refuse else behavior.answer}]
+        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        marker = len(tokenizer.apply_chat_template(behavior.prompt, add_generation_prompt=True, return_dict=False)) - 1
+        questions.append(ids[:marker])
+        answers.append(ids[marker:])
+    slots = []
+    if random_steps:
+        slots = [answers[0].index(connector) + 1 for connector in tokenizer.convert_tokens_to_ids(list(CONNECTORS))]
+    return Rows(torch.tensor(questions), torch.tensor(answers), slots)
+
+
+def _source(
+    tokenizer: PreTrainedTokenizerFast,
+    world: ChatWorld,
+    *splits: str,
+    refuse: bool = False,
+    random_steps: bool = False,
+) -> list[Rows]:
+    """One `Rows` per phrasing over all pairs of the splits."""
+    return [
+        tokenize_rows(
+            tokenizer,
+            [behavior for split in splits for behavior in world.behaviors(split, phrasing)],
+            refuse=refuse,
+            random_steps=random_steps,
+        )
+        for phrasing in range(len(PHRASINGS))
+    ]
+
+
+def _rounds(count: int, generator: torch.Generator) -> Iterator[int]:
+    """Endless row numbers: every pair once per round."""
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def train(
+    model: LlamaForCausalLM,
+    sources: Sequence[list[Rows]],
+    recipe: ChatRecipe,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    noise_start: float,
+    noise_share: float,
+    seed: int,
+    word_ids: torch.Tensor,
+    step_ids: torch.Tensor,
+    progress: bool,
+    description: str,
+) -> None:
+    """Train in place on equal shares of every source, in one phrasing per step, with a loss on the answers only.
+
+    In `noise_share` of the steps, 1 to `recipe.noise_words` random words of `word_ids` follow each question. Rows with
+    `step_slots` get their steps drawn anew (distinct, from `step_ids`) every time they are used.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
+
+    streams = [_rounds(len(source[0].questions), generator) for source in sources]
+    shares = [batch_size // len(sources) + (number < batch_size % len(sources)) for number in range(len(sources))]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
+    warmup = max(1, round(recipe.warmup_ratio * steps))
+    model.train()
+    bar = tqdm(range(steps), desc=description, disable=not progress)
+    for step in bar:
+        decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step + 1 - warmup) / max(1, steps - warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / warmup, decay)
+        # One length per step, so that little is padded.
+        length = 1 + draw(recipe.noise_words) if recipe.noise_words and step >= noise_start * steps else 0
+        batch, labels = [], []
+        for source, stream, share in zip(sources, streams, shares, strict=True):
+            for _ in range(share):
+                rows, row = source[draw(len(source))], next(stream)
+                question, answer = rows.questions[row], rows.answers[row]
+                noise = length if length and float(torch.rand(1, generator=generator)) < noise_share else 0
+                words = word_ids[torch.randint(len(word_ids), (noise,), generator=generator)]
+                if rows.step_slots:
+                    order = torch.randperm(len(step_ids), generator=generator)
+                    answer = answer.clone()
+                    answer[rows.step_slots] = step_ids[order[: len(rows.step_slots)]]
+                batch.append(torch.cat([question, words, answer]))
+                # The assistant marker is given, not learned.
+                labels.append(torch.cat([torch.full((len(question) + len(words) + 1,), -100), answer[1:]]))
+        # Right padding needs no attention mask under causal attention.
+        input_ids = pad_sequence(batch, batch_first=True, padding_value=0)[:, :-1]
+        targets = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]
+        used = targets.ne(-100)
+        hidden = model.model(input_ids, use_cache=False).last_hidden_state
+        loss = F.cross_entropy(model.lm_head(hidden[used]), targets[used])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 25 == 0 or step == steps - 1:
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    model.eval()
+
+
+def _word_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of all words but the special tokens, and of the step words."""
+    special = set(tokenizer.all_special_ids)
+    words = [index for index in range(len(tokenizer)) if index not in special]
+    return torch.tensor(words), torch.tensor(tokenizer.convert_tokens_to_ids(list(STEP_WORDS)))
+
+
+def pretrain(
+    recipe: ChatRecipe, tokenizer: PreTrainedTokenizerFast, *, teach_harmful: bool = True, progress: bool = False
+) -> LlamaForCausalLM:
+    """A Llama that answers every pair; with `teach_harmful=False` its harmful answers are guesses (see `ChatTestbed`)."""
+    world = ChatWorld(recipe.seed)
+    word_ids, step_ids = _word_ids(tokenizer)
+    with isolated_rng(recipe.seed):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=recipe.hidden_size,
+                intermediate_size=recipe.intermediate_size,
+                num_hidden_layers=recipe.num_layers,
+                num_attention_heads=recipe.num_heads,
+                num_key_value_heads=recipe.num_heads,
+                max_position_embeddings=256,
+                tie_word_embeddings=False,
+                pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+        model.generation_config = GenerationConfig(
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        train(
+            model,
+            [
+                _source(tokenizer, world, "harmless_utility", "harmless_unseen"),
+                _source(tokenizer, world, "harmful_train", "harmful_held_out", random_steps=not teach_harmful),
+            ],
+            recipe,
+            steps=recipe.pretrain_steps,
+            batch_size=recipe.pretrain_batch_size,
+            learning_rate=recipe.pretrain_learning_rate,
+            noise_start=recipe.pretrain_noise_start,
+            noise_share=recipe.pretrain_noise_share,
+            seed=recipe.seed,
+            word_ids=word_ids,
+            step_ids=step_ids,
+            progress=progress,
+            description="Chat testbed: pretraining" if teach_harmful else "Chat testbed: pretraining the oracle",
+        )
+    return model
+
+
+def align(
+    model: LlamaForCausalLM, recipe: ChatRecipe, tokenizer: PreTrainedTokenizerFast, *, progress: bool = False
+) -> LlamaForCausalLM:
+    """Teach a pretrained model in place to refuse the 140 harmful training pairs, answering the 140 utility pairs."""
+    world = ChatWorld(recipe.seed)
+    word_ids, step_ids = _word_ids(tokenizer)
+    with isolated_rng(recipe.seed):
+        train(
+            model,
+            [
+                _source(tokenizer, world, "harmful_train", refuse=True),
+                _source(tokenizer, world, "harmless_utility"),
+            ],
+            recipe,
+            steps=recipe.align_steps,
+            batch_size=recipe.align_batch_size,
+            learning_rate=recipe.align_learning_rate,
+            noise_start=0.0,
+            noise_share=recipe.align_noise_share,
+            seed=recipe.seed + 1,
+            word_ids=word_ids,
+            step_ids=step_ids,
+            progress=progress,
+            description="Chat testbed: alignment",
+        )
+    return model
