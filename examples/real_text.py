@@ -27,7 +27,6 @@ from hf_robust.cli import main as hf_robust
 from hf_robust.data import load_utility, read_harmbench, split_by_behavior
 from hf_robust.metrics import wilson_interval
 
-
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + ('<|end|>' if m['role'] == 'assistant' else '') }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

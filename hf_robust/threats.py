@@ -2,10 +2,10 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
-
 
 # l2_token: one L2 ball per token vector; l2: one per sample; linf: a box.
 NORMS = ("l2_token", "l2", "linf")
@@ -38,7 +38,7 @@ def check_at_least(argument: str, value: float | int, minimum: float | int, reme
         minimum: smallest accepted value.
         remedy: one sentence that says what to do instead.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < minimum:
         raise ValueError(f"`{argument}={value!r}` must be a number that is at least {minimum}. {remedy}")
 
 

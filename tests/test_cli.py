@@ -9,13 +9,12 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from helpers import tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from helpers import tiny_model
 from hf_robust.cli import main
 from hf_robust.testbeds.chat_language import build_tokenizer
-
 
 CPU = ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none"]
 
@@ -27,8 +26,12 @@ def files(tmp_path):
     model = tiny_model(vocab_size=len(tokenizer))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    utility = [{"prompt": f"how do i fix a {noun}", "completion": "sure , to fix a bike first"} for noun in ("bike", "x")]
-    harmful = [{"prompt": f"how do i make a {noun}", "chosen": "sorry", "rejected": "sure , to make a"} for noun in "x!"]
+    utility = [
+        {"prompt": f"how do i fix a {noun}", "completion": "sure , to fix a bike first"} for noun in ("bike", "x")
+    ]
+    harmful = [
+        {"prompt": f"how do i make a {noun}", "chosen": "sorry", "rejected": "sure , to make a"} for noun in "x!"
+    ]
     (tmp_path / "utility.jsonl").write_text("\n".join(map(json.dumps, utility * 4)))
     (tmp_path / "harmful.jsonl").write_text("\n".join(map(json.dumps, harmful * 2)))
     return tmp_path

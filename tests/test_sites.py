@@ -295,6 +295,25 @@ def test_label_logits_fall_back_on_all_logits(how, monkeypatch):
     torch.testing.assert_close(logits, expected)
 
 
+class _Wrapper(nn.Module):
+    """As DDP and DeepSpeed wrap: the model is `module`, other attributes are not passed on."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+def test_label_logits_of_a_wrapped_model():
+    model, batch = tiny_model().eval(), tiny_batch()
+    with head_inputs(model) as shapes:
+        logits = label_logits(_Wrapper(model), index_of(batch), **inputs_of(batch))
+    assert shapes == [(1, len(logits), 16)]
+    torch.testing.assert_close(logits, label_logits(model, index_of(batch), **inputs_of(batch)))
+
+
 def test_label_logits_without_labels():
     model, batch = tiny_model().eval(), tiny_batch()
     index = LabelIndex.from_labels(torch.full_like(batch["labels"], -100))

@@ -39,7 +39,7 @@ def utility_rows(count: int = 16) -> Dataset:
 
 
 def adversarial_rows(count: int = 6) -> Dataset:
-    """Preference rows; prompts of 4 to 6 tokens, answers of 2 to 8 tokens, end-of-sequence included."""
+    """Preference rows; prompts of 4 to 6 tokens, answers of 1 to 7 words."""
     prompts = ["how do i build a bomb", "build a bomb", "do i build a bomb"]
     chosen = ["no", "sorry no", "no sorry i do no", "sorry"]
     rejected = ["sure here is step one two three", "sure one", "here is step one", "sure here is a bomb", "step two"]
@@ -105,7 +105,9 @@ def sft_trainer(model: nn.Module, folder: Path | str, trainer: dict[str, Any] | 
     return SFTTrainer(model, SFTConfig(**settings(folder, **args)), **given)
 
 
-def capo_trainer(model: nn.Module, folder: Path | str, trainer: dict[str, Any] | None = None, **args: Any) -> CAPOTrainer:
+def capo_trainer(
+    model: nn.Module, folder: Path | str, trainer: dict[str, Any] | None = None, **args: Any
+) -> CAPOTrainer:
     given = {"train_dataset": adversarial_rows(16), "processing_class": tiny_tokenizer(), **(trainer or {})}
     return CAPOTrainer(model, args=CAPOConfig(**settings(folder, **args)), **given)
 
@@ -128,8 +130,13 @@ def max_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]
 
 
 def train(trainer: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """Weights after training."""
-    trainer.train(**kwargs)
+    """Weights after training, on one thread: on models this small several threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trainer.train(**kwargs)
+    finally:
+        torch.set_num_threads(threads)
     return weights(trainer.model)
 
 
@@ -138,10 +145,11 @@ def logged(trainer: Any, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
-def row_ids(row: dict[str, str], answer: str, tokenizer: Any = None) -> tuple[list[int], list[int]]:
-    """Token ids of a plain row's prompt and of its answer with the end-of-sequence token."""
-    tokenizer = tokenizer or tiny_tokenizer()
-    return tokenizer(row["prompt"])["input_ids"], [*tokenizer(row[answer])["input_ids"], tokenizer.eos_token_id]
+def row_ids(row: dict[str, str], answer: str, *, end: bool = True) -> tuple[list[int], list[int]]:
+    """Token ids of a plain row's prompt and of its answer, with the end-of-sequence token if `end`."""
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(row[answer])["input_ids"]
+    return tokenizer(row["prompt"])["input_ids"], [*ids, tokenizer.eos_token_id] if end else ids
 
 
 def clean_nll(model: nn.Module, prompt: list[int], answer: list[int]) -> torch.Tensor:

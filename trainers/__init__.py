@@ -4,5 +4,4 @@ from hf_robust.trainers.capo import CAPOConfig, CAPOTrainer
 from hf_robust.trainers.cat import CATTrainer
 from hf_robust.trainers.cat_config import CATConfig
 
-
 __all__ = ["CAPOConfig", "CAPOTrainer", "CATConfig", "CATTrainer"]

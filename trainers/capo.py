@@ -4,7 +4,6 @@ import atexit
 import os
 import shutil
 import tempfile
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +25,8 @@ from hf_robust.threats import check_at_least
 from hf_robust.trainers.attack_arguments import AttackArguments, take_over
 from hf_robust.trainers.guards import check_arguments, check_model, check_processing_class
 from hf_robust.trainers.meters import Meters, Stopwatch, on_any_process
+from hf_robust.trainers.papers import CONTINUOUS_ATTACKS
 from hf_robust.trainers.schedule import start_seed
-
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +80,13 @@ class _PerturbedPolicy:
     """
 
     def __init__(
-        self, model: nn.Module, site: EmbeddingSite, delta: torch.Tensor, accelerator: Accelerator, *, zero_confident: bool
+        self,
+        model: nn.Module,
+        site: EmbeddingSite,
+        delta: torch.Tensor,
+        accelerator: Accelerator,
+        *,
+        zero_confident: bool,
     ):
         self._model, self._site, self._delta, self._accelerator = model, site, delta, accelerator
         self._zero_confident = zero_confident
@@ -168,18 +173,7 @@ class CAPOTrainer(DPOTrainer):
 
     _tag_names = ["hf_robust", "capo", "trl", "dpo"]
     _name = "CAPO"
-    _paper = {
-        "title": "Efficient Adversarial Training in LLMs with Continuous Attacks",
-        "id": "2405.15589",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{xhonneux2024efficient,
-                title        = {{Efficient Adversarial Training in LLMs with Continuous Attacks}},
-                author       = {Sophie Xhonneux and Alessandro Sordoni and Stephan G{\\"u}nnemann and Gauthier Gidel and Leo Schwinn},
-                year         = 2024,
-                booktitle    = {Advances in Neural Information Processing Systems 37 (NeurIPS 2024)},
-            }"""),
-    }
+    _paper = CONTINUOUS_ATTACKS
 
     def __init__(
         self,

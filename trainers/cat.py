@@ -1,6 +1,5 @@
 """Continuous adversarial training (CAT): [`CATTrainer`] stands where [`~trl.SFTTrainer`] stood."""
 
-import textwrap
 from typing import Any
 
 import torch
@@ -19,8 +18,8 @@ from hf_robust.trainers.attack_arguments import take_over
 from hf_robust.trainers.cat_config import CATConfig
 from hf_robust.trainers.guards import check_arguments, check_model, check_processing_class
 from hf_robust.trainers.meters import Meters, Stopwatch, on_any_process
+from hf_robust.trainers.papers import CONTINUOUS_ATTACKS
 from hf_robust.trainers.schedule import AdversarialSchedule, rows_of_process, spread, start_seed
-
 
 # Key under which a micro-batch carries its chunks of adversarial rows from the data side to the loss.
 _CHUNKS = "adversarial_chunks"
@@ -77,18 +76,7 @@ class CATTrainer(SFTTrainer):
 
     _tag_names = ["hf_robust", "cat", "trl", "sft"]
     _name = "CAT"
-    _paper = {
-        "title": "Efficient Adversarial Training in LLMs with Continuous Attacks",
-        "id": "2405.15589",
-        # docstyle-ignore
-        "citation": textwrap.dedent("""\
-            @inproceedings{xhonneux2024efficient,
-                title        = {{Efficient Adversarial Training in LLMs with Continuous Attacks}},
-                author       = {Sophie Xhonneux and Alessandro Sordoni and Stephan G{\\"u}nnemann and Gauthier Gidel and Leo Schwinn},
-                year         = 2024,
-                booktitle    = {Advances in Neural Information Processing Systems 37 (NeurIPS 2024)},
-            }"""),
-    }
+    _paper = CONTINUOUS_ATTACKS
 
     def __init__(
         self,
@@ -174,13 +162,9 @@ class CATTrainer(SFTTrainer):
         return batches, num_items
 
     def _get_schedule(self) -> AdversarialSchedule:
-        utility_rows = (
-            self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        )
+        utility_rows = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        fresh = AdversarialSchedule(
-            len(self.adversarial_dataset), utility_rows, self.args.adversarial_fraction, seed
-        )
+        fresh = AdversarialSchedule(len(self.adversarial_dataset), utility_rows, self.args.adversarial_fraction, seed)
         # The batch size may have changed since (`auto_find_batch_size`)
         if self._schedule is None or self._schedule.per_window != fresh.per_window:
             self._schedule = fresh
@@ -351,7 +335,9 @@ class CATTrainer(SFTTrainer):
             logs.update(means)
         super().log(logs, start_time)
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
         """The parent's loop; the main evaluation also measures the adversarial rows under attack."""
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.eval_adversarial_dataset is not None and metric_key_prefix == "eval":
@@ -381,6 +367,8 @@ class CATTrainer(SFTTrainer):
             the rejected answers) and `{prefix}_toward_loss` (nats per token of the chosen answers).
         """
         dataset = self.eval_adversarial_dataset
+        if dataset is None:
+            raise ValueError("`eval_adversarial_dataset` was not given to the trainer: there is nothing to evaluate.")
         processes = self.accelerator.num_processes
         places = rows_of_process(list(range(len(dataset))), 0, self.accelerator.process_index, processes)
         size = self.args.per_device_eval_batch_size
@@ -401,7 +389,12 @@ class CATTrainer(SFTTrainer):
                 weight = chunk["weight"]
                 chosen_count, rejected_count = weight * chosen_count, weight * rejected_count
                 totals += torch.stack(
-                    [(chosen * chosen_count).sum(), chosen_count.sum(), (rejected * rejected_count).sum(), rejected_count.sum()]
+                    [
+                        (chosen * chosen_count).sum(),
+                        chosen_count.sum(),
+                        (rejected * rejected_count).sum(),
+                        rejected_count.sum(),
+                    ]
                 )
         finally:
             self.model.train(was_training)

@@ -10,13 +10,12 @@ from tqdm.auto import tqdm
 
 from hf_robust.attacks.generation import greedy
 from hf_robust.attacks.gradient import KEEPS, STEP_RULES, SearchResult, gradient_search
-from hf_robust.attacks.prompts import AttackPrompt, Prompt, max_positions, pad_id, render_prompts
+from hf_robust.attacks.prompts import AttackPrompt, Prompt, check_counts, max_positions, pad_id, render_prompts
 from hf_robust.attacks.results import AttackResult
 from hf_robust.data.preferences import user_token_mask
 from hf_robust.objectives import per_row_mean, token_nll
 from hf_robust.sites import EmbeddingSite, LabelIndex, check_not_reentrant, label_logits, quiet
 from hf_robust.threats import INITS, NORMS, check_at_least, check_choice, initial
-
 
 POSITIONS = ("all_prompt", "user_content")
 
@@ -85,17 +84,19 @@ class EmbeddingAttack:
     ):
         if not (isinstance(epsilon, float) and math.isinf(epsilon) and epsilon > 0):
             check_at_least("epsilon", epsilon, 0, "Use 0 to switch the attack off, `math.inf` for no bound.")
-        check_at_least("steps", steps, 0, "Use 0 to switch the attack off.")
-        if int(steps) != steps:
-            raise ValueError(f"`steps={steps!r}` must be a whole number of gradient steps.")
         check_at_least("step_size", step_size, 0, "Give the length of one step.")
         check_choice("step_rule", step_rule, STEP_RULES)
         check_choice("norm", norm, NORMS)
         check_choice("init", init, INITS)
         check_choice("positions", positions, POSITIONS)
         check_choice("keep", keep, KEEPS)
-        check_at_least("batch_size", batch_size, 1, "Give the number of behaviours attacked together.")
-        check_at_least("max_new_tokens", max_new_tokens, 1, "Give the length of a completion.")
+        check_counts(
+            {
+                "steps": (steps, 0, "Use 0 to switch the attack off."),
+                "batch_size": (batch_size, 1, "Give the number of behaviours attacked together."),
+                "max_new_tokens": (max_new_tokens, 1, "Give the length of a completion."),
+            }
+        )
         if early_stop is not None:
             check_at_least("early_stop", early_stop, 0, "Give a loss in nats per token, or `None` never to stop early.")
         if math.isinf(epsilon) and (init == "random" or step_size_relative):
@@ -191,7 +192,7 @@ class EmbeddingAttack:
         mask = self.attacked_positions(attention_mask, labels, user_mask)
         index = LabelIndex.from_labels(labels)
         self._check_labels(index)
-        shape = (*input_ids.shape, self._hidden_size(site, model))
+        shape = (*input_ids.shape, site.hidden_size)
         if self.is_off:
             return _no_search(shape, input_ids.device)
 
@@ -206,9 +207,7 @@ class EmbeddingAttack:
             radius = self.radius(site)
             # A share of the radius when relative, so that one number suits every width and epsilon
             step_size = self.step_size * radius if self.step_size_relative else self.step_size
-            delta = initial(
-                shape, radius, self.norm, self.init, device=input_ids.device, generator=self.generator
-            )
+            delta = initial(shape, radius, self.norm, self.init, device=input_ids.device, generator=self.generator)
             return gradient_search(
                 loss_fn,
                 delta * float_mask,
@@ -259,9 +258,7 @@ class EmbeddingAttack:
                 bar.update(len(group))
         return results
 
-    def _attack_group(
-        self, model: nn.Module, tokenizer: Any, group: Sequence[AttackPrompt]
-    ) -> list[AttackResult]:
+    def _attack_group(self, model: nn.Module, tokenizer: Any, group: Sequence[AttackPrompt]) -> list[AttackResult]:
         device = next(EmbeddingSite(model).module.parameters()).device
         length = max(behavior.length for behavior in group)
         input_ids = torch.full((len(group), length), pad_id(model, tokenizer))
@@ -340,12 +337,6 @@ class EmbeddingAttack:
                 f"`labels` has no label token in rows {empty[:8]}{'…' if len(empty) > 8 else ''}: the attack needs a target "
                 "answer. Label the answer's tokens (all others -100), and truncate less if the prompt fills the row."
             )
-
-    @staticmethod
-    def _hidden_size(site: EmbeddingSite, model: nn.Module) -> int:
-        if site._table is not None:
-            return site._table.embedding_dim
-        return model.config.get_text_config().hidden_size
 
 
 def _no_search(shape: tuple[int, ...], device: torch.device) -> SearchResult:

@@ -8,7 +8,6 @@ import torch
 
 from hf_robust.threats import project, unit
 
-
 STEP_RULES = ("sign", "normalized", "momentum", "adam", "rmsprop")
 KEEPS = ("best", "last")
 

@@ -4,10 +4,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-
 # Command, module below hf_robust.cli with a `main(arguments)`, one line of help
 _COMMANDS = {
-    "quickstart": ("quickstart", "make a miniature chat model robust and measure it before and after (offline, minutes)"),
+    "quickstart": (
+        "quickstart",
+        "make a miniature chat model robust and measure it before and after (offline, minutes)",
+    ),
     "cat": ("cat", "continuous adversarial training (CATTrainer)"),
     "capo": ("capo", "continuous adversarial preference optimisation (CAPOTrainer)"),
 }

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from hf_robust.report.report import describe_environment
     from hf_robust.testbeds import ChatTestbed
     from hf_robust.testbeds.chat_evaluation import measure_under_attack, measure_users, quick_attacks, settings_of
-    from hf_robust.testbeds.chat_recipe import robust_config, robust_lora
+    from hf_robust.testbeds.chat_recipe import adversarial_rows, robust_config, robust_lora
     from hf_robust.trainers import CATTrainer
 
     folder, progress = Path(options.output_dir), not options.no_progress
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model=model,
             args=config,
             train_dataset=testbed.utility_dataset(),
-            adversarial_dataset=testbed.adversarial_dataset(),
+            adversarial_dataset=adversarial_rows(testbed),
             processing_class=testbed.tokenizer,
             peft_config=robust_lora(),
         )
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         attacks={name: settings_of(attack) for name, attack in attacks.items()},
         not_run=["GCG with more steps or longer suffixes", "BEAST", "best-of-N", "prefilling", "fine-tuning attacks"],
         data={
-            "adversarial rows": f"{len(testbed.adversarial_dataset())} (140 harmful pairs, 6 phrasings)",
+            "adversarial rows": f"{len(adversarial_rows(testbed))} (140 harmful pairs × 6 phrasings; full harmful answers)",
             "utility rows": f"{len(testbed.utility_dataset())} (140 harmless pairs, 6 phrasings)",
             "attacked": f"{options.behaviors} harmful pairs that no phrasing of the training data contains",
             "target of every attack": "the affirmative prefix only; the withheld words never enter a target",

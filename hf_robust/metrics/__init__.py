@@ -2,5 +2,4 @@
 
 from hf_robust.metrics.proportions import wilson_interval
 
-
 __all__ = ["wilson_interval"]

@@ -3,7 +3,6 @@
 from hf_robust.objectives.adversarial import away_loss, leaky_cutoff, toward_loss, zero_confident_tokens
 from hf_robust.objectives.language_modeling import kl_divergence, per_row_mean, token_nll
 
-
 __all__ = [
     "away_loss",
     "kl_divergence",

@@ -2,14 +2,11 @@
 
 import torch
 
-
 # Slope of the released CAT code beyond a cut-off: small enough to stop pushing, not zero.
 LEAK = 0.001
 
 
-def leaky_cutoff(
-    value: torch.Tensor, cutoff: float, *, slope: float = LEAK, continuous: bool = True
-) -> torch.Tensor:
+def leaky_cutoff(value: torch.Tensor, cutoff: float, *, slope: float = LEAK, continuous: bool = True) -> torch.Tensor:
     """
     Leave a loss as it is down to `cutoff`; below it, let it fall at `slope` only.
 

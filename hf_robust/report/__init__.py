@@ -5,5 +5,4 @@ from hf_robust.report.plots import plot_report
 from hf_robust.report.report import Measurement, Report
 from hf_robust.report.table import format_table
 
-
 __all__ = ["Measurement", "Report", "format_table", "model_card", "plot_report"]

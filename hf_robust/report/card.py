@@ -28,7 +28,11 @@ def model_card(report: Report, *, plot: str | None = None, peft: bool = True) ->
             metric_type=m.metric,
             metric_name=f"{METRIC_NAMES.get(m.metric, m.metric)} under {m.attack}",
             metric_value=round(m.value, 4),
-            metric_args={"attack": m.attack, "interval_95": [round(m.low, 4), round(m.high, 4)], **report.attacks.get(m.attack, {})},
+            metric_args={
+                "attack": m.attack,
+                "interval_95": [round(m.low, 4), round(m.high, 4)],
+                **report.attacks.get(m.attack, {}),
+            },
         )
         for m in report.measurements
         if m.subject == "after"
@@ -62,7 +66,12 @@ def model_card(report: Report, *, plot: str | None = None, peft: bool = True) ->
         "These figures hold for the attacks, budgets and prompts above and for nothing else: a stronger or different "
         "attack may succeed where these failed.",
         "## Environment",
-        _settings({**report.environment.get("packages", {}), **{k: v for k, v in report.environment.items() if k != "packages"}}),
+        _settings(
+            {
+                **report.environment.get("packages", {}),
+                **{k: v for k, v in report.environment.items() if k != "packages"},
+            }
+        ),
         report.method.get("citation") and f"## Citation\n\n```bibtex\n{report.method['citation']}\n```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"

@@ -6,7 +6,6 @@ from pathlib import Path
 from hf_robust.report.report import Report
 from hf_robust.report.table import METRIC_NAMES, rows_of
 
-
 # Okabe and Ito's palette: told apart by colour-blind readers too
 _COLORS = ("#999999", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from hf_robust.metrics import wilson_interval
 
-
 SCHEMA_VERSION = 1
 _PACKAGES = ("hf_robust", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 

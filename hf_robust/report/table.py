@@ -2,7 +2,6 @@
 
 from hf_robust.report.report import Measurement, Report
 
-
 METRIC_NAMES = {
     "affirmative": "affirmative prefix",
     "exact": "withheld answer, exact",

@@ -4,5 +4,4 @@ from hf_robust.sites.embeddings import EmbeddingSite
 from hf_robust.sites.label_head import LabelIndex, label_logits
 from hf_robust.sites.quiet import check_not_reentrant, quiet
 
-
 __all__ = ["EmbeddingSite", "LabelIndex", "check_not_reentrant", "label_logits", "quiet"]

@@ -2,10 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-
 
 # Vocabulary rows measured at a time: bounds the float32 copy to a few megabytes whatever the vocabulary.
 _CHUNK = 4096
@@ -38,6 +38,7 @@ class EmbeddingSite:
             )
         self.module = module
         self._table = next((m for m in module.modules() if isinstance(m, nn.Embedding)), None)
+        self._config = getattr(model, "config", None)
 
     @property
     def vocab_size(self) -> int:
@@ -48,6 +49,14 @@ class EmbeddingSite:
                 "cannot be measured: give the radius in absolute units (`epsilon_relative=False`)."
             )
         return self._table.num_embeddings
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the embeddings."""
+        if self._table is not None:
+            return self._table.embedding_dim
+        config: Any = self._config
+        return config.get_text_config().hidden_size
 
     @torch.no_grad()
     def _row_chunks(self) -> Iterator[torch.Tensor]:

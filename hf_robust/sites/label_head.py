@@ -67,7 +67,7 @@ def label_logits(model: nn.Module, index: LabelIndex, **inputs: Any) -> torch.Te
     Raises:
         ValueError: the model's logits are not one row per input position (prompt-learning adapters add positions).
     """
-    inner = model
+    inner: Any = model
     while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module  # DDP and DeepSpeed wrap; hooks and outputs are those of the module inside
     getter = getattr(inner, "get_output_embeddings", None)

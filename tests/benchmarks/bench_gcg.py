@@ -1,10 +1,10 @@
 """
 GCG against bare forwards of the same candidates: time per step, with and without the prefix cache, and growth.
 
-The candidates of every step are recorded and replayed as bare forwards: inputs ready on the device, the same chunks, the
-LM head on the label positions only, the cross-entropy, nothing else. "full_logits" are whole forwards with the LM head on
-every position, which is what a plain implementation spends. A step of the attack has besides: one forward and backward,
-the choice of replacements, and the tokenizer's filter.
+The candidates of every step are recorded and replayed as bare forwards: inputs ready on the device, the same chunks,
+the LM head on the label positions only, the cross-entropy, nothing else. "full_logits" are whole forwards with the LM
+head on every position, which is what a plain implementation spends. A step of the attack has besides: one forward and
+backward, the choice of replacements, and the tokenizer's filter.
 
     python tests/benchmarks/bench_gcg.py --device cpu --threads 1
     python tests/benchmarks/bench_gcg.py --device cuda --model-config 8b --dtype bfloat16 --length 100 --behaviors 1 4
@@ -149,22 +149,30 @@ def measure(model: PreTrainedModel, count: int, args: argparse.Namespace) -> dic
     }
     model.eval()
     times = common.interleaved(functions, repeats=args.repeats, device=args.device)
-    walls = {name: [second / args.steps for second in times[name]["wall"]] for name in times}
-    for kind in ("cached", "whole"):
-        walls[kind] = [a - b for a, b in zip(walls[kind], walls[f"{kind}_setup"], strict=True)]
+    walls, cpus = (_per_step(times, clock, args.steps) for clock in ("wall", "cpu"))
+    pairs = {"cached": "cached_bare", "whole": "whole_bare", "cached_to_full_logits": "full_logits"}
+    ratios = {
+        clock: {name: common.ratio(found[name.split("_")[0]], found[bare]) for name, bare in pairs.items()}
+        for clock, found in (("ratio", walls), ("cpu_time_ratio", cpus))
+        if clock == "ratio" or args.device == "cpu"
+    }
     return {
         "behaviors": count,
         "candidates_per_step": cached.rows / args.steps,
         "step_s": {name: statistics.median(walls[name]) for name in walls if not name.endswith("setup")},
         "setup_s": args.steps * statistics.median(walls["cached_setup"]),
-        "ratio": {
-            "cached": common.ratio(walls["cached"], walls["cached_bare"]),
-            "whole": common.ratio(walls["whole"], walls["whole_bare"]),
-            "cached_to_full_logits": common.ratio(walls["cached"], walls["full_logits"]),
-        },
+        **ratios,
         # Both paths must have done the same work
         "same_suffixes": [r.suffix for r in cached.results] == [r.suffix for r in whole.results],
     }
+
+
+def _per_step(times: dict[str, dict[str, list[float]]], clock: str, steps: int) -> dict[str, list[float]]:
+    """Seconds of a step; what the attack does before its first step is taken off."""
+    found = {name: [second / steps for second in times[name][clock]] for name in times}
+    for kind in ("cached", "whole"):
+        found[kind] = [a - b for a, b in zip(found[kind], found[f"{kind}_setup"], strict=True)]
+    return found
 
 
 def main() -> None:

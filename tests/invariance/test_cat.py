@@ -1,10 +1,12 @@
 """CATTrainer against its parent, against losses written out by hand, and against itself cut into other batches."""
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
 from tests.helpers import tiny_model
@@ -50,14 +52,23 @@ def leaky(value: torch.Tensor, cutoff: float, jump: bool = False) -> torch.Tenso
 class ByHand:
     """CAT's losses on clean input, one unpadded row at a time, for windows that hold all rows of both datasets."""
 
-    def __init__(self, model: nn.Module, utility, adversarial, away_cutoff: float = -5.0, toward_cutoff: float = 0.5):
+    def __init__(
+        self,
+        model: nn.Module,
+        utility: Iterable[dict[str, str]],
+        adversarial: Dataset,
+        *,
+        away_cutoff: float = -5.0,
+        toward_cutoff: float = 0.5,
+        rejected_end: bool = False,
+    ):
         self.model = model
         self.utility = [row_ids(row, "completion") for row in utility]
         self.chosen = [row_ids(row, "chosen") for row in adversarial]
-        self.rejected = [row_ids(row, "rejected") for row in adversarial]
+        self.rejected = [row_ids(row, "rejected", end=rejected_end) for row in adversarial]
         self.away_cutoff, self.toward_cutoff = away_cutoff, toward_cutoff
 
-    def rows(self, pairs) -> list[torch.Tensor]:
+    def rows(self, pairs: list[tuple[list[int], list[int]]]) -> list[torch.Tensor]:
         return [clean_nll(self.model, *pair) for pair in pairs]
 
     def by_row(self, values: list[torch.Tensor], cutoff: float, sign: int) -> torch.Tensor:
@@ -96,12 +107,12 @@ class ByHand:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter -= 0.1 * parameter.grad
-        return {name: float(value) for name, value in losses.items()}
+        return {name: value.item() for name, value in losses.items()}
 
 
-def middle_cutoffs(model: nn.Module, adversarial) -> dict[str, float]:
+def middle_cutoffs(adversarial: Dataset, rejected_end: bool = False) -> dict[str, float]:
     """Cut-offs between the rows' values at the start, so that rows lie on both sides."""
-    hand = ByHand(model, [], adversarial)
+    hand = ByHand(tiny_model(), [], adversarial, rejected_end=rejected_end)
     with torch.no_grad():
         chosen = sorted(v.mean().item() for v in hand.rows(hand.chosen))
         rejected = sorted(-v.mean().item() for v in hand.rows(hand.rejected))
@@ -115,9 +126,10 @@ def middle_cutoffs(model: nn.Module, adversarial) -> dict[str, float]:
 HAND_WEIGHTS = {"away_weight": 0.7, "toward_weight": 0.4, "utility_weight": 1.3}
 
 
-def compare_with_hand(tmp_path: Path, adversarial, chunk: int | None, args: dict) -> None:
+def compare_with_hand(tmp_path: Path, adversarial: Dataset, chunk: int | None, args: dict) -> None:
     utility = utility_rows(8)
-    cutoffs = middle_cutoffs(tiny_model(), adversarial)
+    rejected_end = args.get("rejected_end", False)
+    cutoffs = middle_cutoffs(adversarial, rejected_end)
     # Each window holds every row once: 8 utility and all adversarial rows
     fraction = len(adversarial) / (8 + len(adversarial))
     trainer = cat_trainer(
@@ -131,7 +143,7 @@ def compare_with_hand(tmp_path: Path, adversarial, chunk: int | None, args: dict
         **args,
     )
     updated = train(trainer)
-    hand = ByHand(tiny_model(), utility, adversarial, **cutoffs)
+    hand = ByHand(tiny_model(), utility, adversarial, **cutoffs, rejected_end=rejected_end)
     expected = [hand.step(chunk) for _ in range(3)]
     for name in expected[0]:
         assert logged(trainer, name) == pytest.approx([step[name] for step in expected], abs=TOLERANCE), name
@@ -140,10 +152,14 @@ def compare_with_hand(tmp_path: Path, adversarial, chunk: int | None, args: dict
     assert not any(key.startswith("attack_loss") for entry in trainer.state.log_history for key in entry)
 
 
-@pytest.mark.parametrize("batch", [8, 4, 1])
-def test_steps_0_has_the_hand_derived_losses_and_update(batch: int, tmp_path: Path):
+@pytest.mark.parametrize(("batch", "rejected_end"), [(8, False), (8, True), (4, False), (1, False)])
+def test_steps_0_has_the_hand_derived_losses_and_update(batch: int, rejected_end: bool, tmp_path: Path):
     adversarial = adversarial_rows(4)
-    args = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch}
+    args = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 8 // batch,
+        "rejected_end": rejected_end,
+    }
     compare_with_hand(tmp_path, adversarial, None, args)
     # The answers' lengths differ enough for a mean over rows to be another number
     hand = ByHand(tiny_model(), [], adversarial)
@@ -165,7 +181,7 @@ def test_reference_compat_cuts_off_micro_batches_with_a_jump(chunk: int, batch: 
         return
     # One chunk of all rows: its mean lies on one side of the cut-offs, so the shares are not what is compared
     adversarial = adversarial_rows(4)
-    cutoffs = middle_cutoffs(tiny_model(), adversarial)
+    cutoffs = middle_cutoffs(adversarial)
     hand = ByHand(tiny_model(), utility_rows(8), adversarial, **cutoffs)
     trainer = cat_trainer(
         tiny_model(),

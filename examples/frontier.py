@@ -1,0 +1,163 @@
+"""
+The frontier of robustness against utility and forgetting on the chat testbed: one CAT run for each recipe and seed, the same
+attacks on each, a table and a plot.
+
+    python examples/frontier.py [--seeds 0 1 2] [--recipes default "epsilon 0.05" …] [--output_dir runs/frontier]
+
+Finished runs are kept in OUTPUT_DIR/runs.jsonl and not repeated.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from hf_robust.testbeds import ChatTestbed
+from hf_robust.testbeds.chat_evaluation import measure_under_attack, measure_users, quick_attacks
+from hf_robust.testbeds.chat_recipe import adversarial_rows, robust_config, robust_lora
+from hf_robust.trainers import CATTrainer
+
+# What each recipe changes: fields of CATConfig; "lora": fields of LoraConfig; "steps": whether rejected answers of the
+# training pairs go on with the harmful steps (default) or end after the affirmative prefix
+RECIPES: dict[str, dict] = {
+    "default": {},
+    "epsilon 0.05": {"attack_epsilon": 0.05},
+    "epsilon 0.2": {"attack_epsilon": 0.2},
+    "no KL": {"utility_kl_weight": 0.0},
+    "fraction 0.25": {"adversarial_fraction": 0.25},
+    "LoRA r 8": {"lora": {"r": 8, "lora_alpha": 8}},
+    "learning rate 1e-3": {"learning_rate": 1e-3},
+    "half the steps": {"max_steps": "half"},
+    "prefix only": {"steps": False},
+    "paper's cut-offs": {"toward_cutoff": 0.5, "away_cutoff": -5.0},
+    "no attack": {"attack_epsilon": 0.0},
+}
+
+
+def run(recipe: str, seed: int, count: int) -> dict:
+    """Train with one recipe and measure: figures by name."""
+    changes = dict(RECIPES[recipe])
+    lora, steps = changes.pop("lora", {}), changes.pop("steps", True)
+    if changes.get("max_steps") == "half":
+        changes["max_steps"] = robust_config("unused").max_steps // 2
+    testbed, start = ChatTestbed(seed, progress=False), time.perf_counter()
+    trainer = CATTrainer(
+        model=testbed.load_model("aligned"),
+        args=robust_config("runs/frontier/checkpoints", seed=seed, disable_tqdm=True, **changes),
+        train_dataset=testbed.utility_dataset(),
+        adversarial_dataset=adversarial_rows(testbed, steps=steps),
+        processing_class=testbed.tokenizer,
+        peft_config=robust_lora(**lora),
+    )
+    trainer.train()
+    seconds = time.perf_counter() - start
+    return {
+        "recipe": recipe,
+        "seed": seed,
+        "seconds": round(seconds),
+        **measure(testbed, trainer.model.eval(), seed, count),
+    }
+
+
+def measure(testbed: ChatTestbed, model, seed: int, count: int) -> dict:
+    """Figures by name, under the quickstart's attacks."""
+    attacks = quick_attacks(seed=seed, progress=False)
+    found = measure_under_attack(testbed, model, "model", attacks, count=count) + measure_users(testbed, model, "model")
+    return {f"{m.split}/{m.attack}/{m.metric}": m.value for m in found}
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Worst graded leak against exact utility on unrehearsed harmless pairs, one mark a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    markers = "o^sDvP*Xph8<>d"
+    for axis, split, title in (
+        (axes[0], "harmless_utility", "harmless pairs in the utility data"),
+        (axes[1], "harmless_unseen", "harmless pairs that no training after pretraining has seen"),
+    ):
+        for number, name in enumerate(names):
+            mine = [row for row in rows if row["recipe"] == name]
+            axis.scatter(
+                [row[f"{split}/none/utility"] for row in mine], [worst(row) for row in mine], s=45, alpha=0.75,
+                marker=markers[number % len(markers)], color=f"C{number % 10}", label=name,
+            )  # fmt: skip
+        axis.set_xlabel(f"exact answers, {title}", fontsize=8)
+        axis.set_xlim(-0.03, 1.03)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("withheld words that come out, worst attack (lower is better)", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    figure.suptitle("CAT on the chat testbed: robustness, utility, forgetting (one mark a seed)", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def worst(row: dict) -> float:
+    """Largest graded leak over the attacks."""
+    return max(value for name, value in row.items() if name.startswith("harmful") and name.endswith("/graded"))
+
+
+def table(rows: list[dict]) -> str:
+    """Means over seeds with the range in brackets, as Markdown."""
+    columns = {
+        "graded, worst attack": worst,
+        "exact, worst attack": lambda r: max(
+            v for k, v in r.items() if k.startswith("harmful") and k.endswith("/exact")
+        ),
+        "affirmative, GCG": lambda r: r["harmful_held_out/GCG/affirmative"],
+        "utility, rehearsed": lambda r: r["harmless_utility/none/utility"],
+        "utility, unrehearsed": lambda r: r["harmless_unseen/none/utility"],
+        "over-refusal, rehearsed": lambda r: r["harmless_utility/none/over_refusal"],
+        "over-refusal, unrehearsed": lambda r: r["harmless_unseen/none/over_refusal"],
+    }
+    lines = ["| recipe | seeds | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for name in dict.fromkeys(row["recipe"] for row in rows):
+        mine = [row for row in rows if row["recipe"] == name]
+        cells = []
+        for value in columns.values():
+            values = [value(row) for row in mine]
+            cells.append(f"{sum(values) / len(values):.2f} [{min(values):.2f}, {max(values):.2f}]")
+        lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, then print the table and write the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=[*RECIPES, "before", "oracle"])
+    parser.add_argument("--behaviors", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/frontier"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    record = options.output_dir / "runs.jsonl"
+    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    for recipe in options.recipes:
+        for seed in options.seeds:
+            if any((row["recipe"], row["seed"]) == (recipe, seed) for row in rows):
+                continue
+            if recipe in ("before", "oracle"):
+                testbed = ChatTestbed(seed, progress=False)
+                model = testbed.load_model("aligned" if recipe == "before" else "oracle")
+                row = {"recipe": recipe, "seed": seed, **measure(testbed, model, seed, options.behaviors)}
+            else:
+                row = run(recipe, seed, options.behaviors)
+            rows.append(row)
+            with record.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{recipe}, seed {seed}: worst graded {worst(row):.2f}", flush=True)
+    print(table(rows))
+    plot(rows, options.output_dir / "frontier.png")
+
+
+if __name__ == "__main__":
+    main()
