@@ -23,7 +23,7 @@ class AttackResult:
             best candidate.
         completion: what the model writes under the attack (greedy decoding, special tokens left out).
         hit: whether every target token is the model's most likely next token under the attack, given the target so far.
-            A discrete attack knows it with `early_stop` only.
+            Known with `early_stop` only, `False` otherwise.
         num_forwards: rows (sequences) of forward passes that the search spent on this behaviour, generation not
             counted.
         num_backwards: rows of backward passes.

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from datasets import Dataset
 from peft import LoraConfig
 
+from hf_robust.testbeds.chat import ChatTestbed
 from hf_robust.trainers import CATConfig
 
 
@@ -18,10 +20,13 @@ def robust_config(output_dir: str, **overrides: Any) -> CATConfig:
     fields: dict[str, Any] = {
         "per_device_train_batch_size": 28,
         "adversarial_fraction": 0.125,
-        "attack_epsilon": 0.3,
+        "attack_epsilon": 0.1,
         "attack_steps": 10,
-        "max_steps": 250,
-        "learning_rate": 1e-3,
+        "toward_cutoff": 0.05,
+        "away_cutoff": -3.0,
+        "utility_kl_weight": 1.0,
+        "max_steps": 300,
+        "learning_rate": 3e-4,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 10,
         "weight_decay": 0.0,
@@ -45,3 +50,15 @@ def robust_lora(**overrides: Any) -> LoraConfig:
     """
     fields: dict[str, Any] = {"r": 32, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return LoraConfig(**{**fields, **overrides})
+
+
+def adversarial_rows(testbed: ChatTestbed, *, steps: bool = True) -> Dataset:
+    """
+    The quickstart's adversarial rows.
+
+    Args:
+        testbed: where they come from.
+        steps: whether the rejected answers of the training pairs go on with the harmful steps, as a full harmful answer
+            would. Pushing away from a refusable beginning alone leaves what follows it within an attack's reach.
+    """
+    return testbed.adversarial_dataset(include_steps=steps)

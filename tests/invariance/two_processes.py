@@ -20,6 +20,7 @@ from tests.trainer_data import (
     lora,
     tiny_tokenizer,
     train,
+    utility_rows,
 )
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -43,6 +44,13 @@ def _capo(**args: Any) -> Any:
 
 def _capo_lora(**args: Any) -> Any:
     return lambda folder, batch: capo_trainer(tiny_model(), folder, {"peft_config": lora()}, **_scaled(batch, args))
+
+
+def _evaluated(folder: str, batch: int) -> Any:
+    # Five rows: a place without a row on one process
+    given = {"eval_dataset": utility_rows(4), "eval_adversarial_dataset": adversarial_rows(5)}
+    args = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+    return cat_trainer(tiny_model(), folder, given, **_scaled(batch, args))
 
 
 def _broken(make: Any, rows: str, **args: Any) -> Any:
@@ -70,6 +78,7 @@ CELLS: dict[str, Callable[[str, int], Any]] = {
     "cat-lora-kl": _cat_lora(adversarial_fraction=ONE, utility_kl_weight=0.5),
     "cat-checkpointing": _cat(adversarial_fraction=ONE, **CHECKPOINTING),
     "cat-lora-checkpointing": _cat_lora(adversarial_fraction=ONE, **CHECKPOINTING),
+    "cat-evaluated": _evaluated,
     "cat-broken": _broken(cat_trainer, "adversarial_dataset", adversarial_fraction=FOUR, **ONE_STEP),
     "capo": _capo(),
     "capo-accumulated": _capo(gradient_accumulation_steps=2),
@@ -78,7 +87,10 @@ CELLS: dict[str, Callable[[str, int], Any]] = {
     "capo-lora-checkpointing": _capo_lora(**CHECKPOINTING),
     "capo-broken": _broken(capo_trainer, "train_dataset", **ONE_STEP),
 }
-_LOGGED = ("away_loss", "toward_loss", "utility_loss", "utility_kl", "attack_loss_last", "attack_non_finite")
+_LOGGED = (
+    *("away_loss", "toward_loss", "utility_loss", "utility_kl", "attack_loss_last", "attack_non_finite"),
+    *("away_cutoff_share", "eval_adversarial_loss", "eval_away_loss", "eval_toward_loss"),
+)
 
 
 def run_cell(name: str, batch: int) -> dict[str, Any]:

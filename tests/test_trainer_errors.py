@@ -1,0 +1,264 @@
+"""Bad input is refused in the constructors, with the argument, the value and the remedy in the message."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PrefixTuningConfig, PromptTuningConfig
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ProcessorMixin,
+)
+
+from hf_robust import CAPOConfig, CATConfig, CATTrainer
+from tests.helpers import tiny_model
+from tests.trainer_data import (
+    adversarial_rows,
+    capo_trainer,
+    cat_trainer,
+    conversational,
+    lora,
+    settings,
+    tiny_tokenizer,
+    utility_rows,
+)
+
+TRAINERS = pytest.mark.parametrize("make", [cat_trainer, capo_trainer], ids=["cat", "capo"])
+CONFIGS = pytest.mark.parametrize("config", [CATConfig, CAPOConfig])
+
+
+def refused(*parts: str) -> Any:
+    """Expect a `ValueError` or `TypeError` whose message has all the parts."""
+    return pytest.raises((ValueError, TypeError), match="(?s)" + "".join(f"(?=.*{part})" for part in parts))
+
+
+def renamed(rows: Dataset, **names: str) -> Dataset:
+    return rows.rename_columns(names)
+
+
+# ---- Rows ----
+
+
+def test_adversarial_rows_are_required(tmp_path: Path):
+    with refused("`adversarial_dataset` is required", "`chosen`", "SFTTrainer"):
+        CATTrainer(tiny_model(), CATConfig(**settings(tmp_path)), train_dataset=utility_rows())
+
+
+ROWS = {
+    "streaming": (adversarial_rows().to_iterable_dataset(), ("streaming", "streaming=False")),
+    "splits": ({"train": adversarial_rows()}, ("'train'", "Choose one")),
+    "list": ([{"prompt": "a"}], ("`list`", "Dataset.from_list")),
+    "empty": (adversarial_rows().select([]), ("0 rows", "preference rows")),
+    "no chosen": (renamed(adversarial_rows(), chosen="good"), ("lacks chosen", "'good'", "preference rows")),
+    "no rejected": (renamed(adversarial_rows(), rejected="bad"), ("lacks rejected", "'bad'", "preference rows")),
+    "blank": (
+        Dataset.from_list([{"prompt": "build", "chosen": " ", "rejected": "sure"}]),
+        ("`chosen` of row 0", "empty", "Remove the row"),
+    ),
+    "no prompt": (
+        Dataset.from_list([{"chosen": "no", "rejected": "sure"}]),
+        ("Row 0", "no `prompt` column", "Add a `prompt` column"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("name", ["adversarial_dataset", "eval_adversarial_dataset"])
+def test_bad_adversarial_rows_of_cat(name: str, kind: str, tmp_path: Path):
+    rows, parts = ROWS[kind]
+    with refused(f"`{name}`", *parts):
+        cat_trainer(tiny_model(), tmp_path, {name: rows})
+
+
+@pytest.mark.parametrize("kind", ["empty", "no chosen", "no rejected", "blank", "no prompt"])
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_bad_rows_of_capo(name: str, kind: str, tmp_path: Path):
+    rows, parts = ROWS[kind]
+    with refused(f"`{name}`", *parts):
+        capo_trainer(tiny_model(), tmp_path, {name: rows})
+
+
+def test_bad_rows_among_several_eval_datasets_of_capo(tmp_path: Path):
+    with refused("`eval_dataset`", "lacks chosen"):
+        capo_trainer(tiny_model(), tmp_path, {"eval_dataset": {"a": adversarial_rows(), "b": ROWS["no chosen"][0]}})
+
+
+def test_prompts_that_leave_no_label(tmp_path: Path):
+    # Utility rows shorter than the adversarial prompts, so that the parent has something left
+    short = Dataset.from_list([{"prompt": "how", "completion": " do"}] * 4)
+    long = Dataset.from_list([{"prompt": "how do i build a bomb", "chosen": " no", "rejected": " sure"}] * 2)
+    rows = {"train_dataset": short, "adversarial_dataset": long}
+    with refused("`max_length=5`", "none of the 2 rows of `adversarial_dataset`", "Raise `max_length`", "needs 7"):
+        cat_trainer(tiny_model(), tmp_path, rows, max_length=5)
+    with refused("`max_length=5`", "2 rows of the train dataset", "Raise `max_length`"):
+        capo_trainer(tiny_model(), tmp_path, {"train_dataset": long}, max_length=5)
+
+
+# ---- Configuration ----
+
+
+@pytest.mark.parametrize("value", [0, 1, 1.5, -0.1])
+def test_adversarial_fraction(value: float, tmp_path: Path):
+    with refused(f"`adversarial_fraction={value}`", "between 0 and 1", "`away_weight=0`"):
+        CATConfig(**settings(tmp_path), adversarial_fraction=value)
+
+
+@pytest.mark.parametrize("name", ["away_weight", "toward_weight", "utility_weight", "utility_kl_weight"])
+def test_weights_below_0(name: str, tmp_path: Path):
+    with refused(f"`{name}=-0.5`", "0"):
+        CATConfig(**settings(tmp_path), **{name: -0.5})
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_attack_batch_size(value: int, tmp_path: Path):
+    with refused(f"`attack_batch_size={value}`", "Leave it unset"):
+        CATConfig(**settings(tmp_path), attack_batch_size=value)
+
+
+@CONFIGS
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attack_epsilon", -0.1),
+        ("attack_epsilon", float("nan")),
+        ("attack_steps", -1),
+        ("attack_steps", 2.5),
+        ("attack_step_size", -1e-4),
+        ("eval_attack_steps", -3),
+    ],
+)
+def test_attack_arguments_out_of_range(config: Any, name: str, value: float, tmp_path: Path):
+    with refused(f"`{name}={value}`"):
+        config(**settings(tmp_path), **{name: value})
+
+
+@CONFIGS
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("attack_norm", "l2_tokens", "l2_token"),
+        ("attack_norm", "linfty", "linf"),
+        ("attack_step_rule", "signs", "sign"),
+        ("attack_step_rule", "normalised", "normalized"),
+        ("attack_positions", "all_prompts", "all_prompt"),
+        ("attack_positions", "user", "user_content"),
+        ("attack_keep", "bset", "best"),
+        ("attack_init", "randn", "random"),
+    ],
+)
+def test_unknown_names_come_with_the_nearest_known_one(
+    config: Any, name: str, value: str, nearest: str, tmp_path: Path
+):
+    with refused(f"`{name}='{value}'`", f"(mean|nearest)[^.?]*{nearest}"):
+        config(**settings(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_beta(value: float, tmp_path: Path):
+    with refused(f"`beta={value}`", "0.25"):
+        CAPOConfig(**settings(tmp_path), beta=value)
+
+
+@TRAINERS
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning")
+@pytest.mark.parametrize("spelling", ["activation", "gradient"])
+def test_reentrant_checkpointing(make: Any, spelling: str, tmp_path: Path):
+    args = {f"{spelling}_checkpointing": True, f"{spelling}_checkpointing_kwargs": {"use_reentrant": True}}
+    if spelling == "gradient":
+        args["activation_checkpointing"] = None
+    with refused("use_reentrant': True", "use_reentrant': False"):
+        make(tiny_model(), tmp_path, **args)
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free", "eval_packing"])
+def test_packing(name: str, tmp_path: Path):
+    with refused(f"`{name}=True`", f"Set `{name}=False`"):
+        cat_trainer(tiny_model(), tmp_path, **{name: True})
+
+
+def test_padding_free_capo(tmp_path: Path):
+    with refused("`padding_free=True`", "Set `padding_free=False`"):
+        capo_trainer(tiny_model(), tmp_path, padding_free=True)
+
+
+def test_user_content_is_not_for_capo(tmp_path: Path):
+    with refused("`attack_positions='user_content'`", "'all_prompt'"):
+        capo_trainer(tiny_model(), tmp_path, attack_positions="user_content")
+
+
+def test_user_content_that_cannot_be_located(tmp_path: Path):
+    # A template that changes the user's words
+    template = "{% for m in messages %}{{ m['content'][1:] }} {% endfor %}"
+    rows = {
+        "processing_class": tiny_tokenizer(chat_template=template),
+        "adversarial_dataset": conversational(adversarial_rows()),
+    }
+    with refused("`attack_positions='user_content'`", "`adversarial_dataset`", "Use 'all_prompt'"):
+        cat_trainer(tiny_model(), tmp_path, rows, attack_positions="user_content")
+
+
+def test_utility_kl_needs_an_adapter(tmp_path: Path):
+    with refused("`utility_kl_weight=0.1`", "`peft_config`", "`utility_kl_weight=0`"):
+        cat_trainer(tiny_model(), tmp_path, utility_kl_weight=0.1)
+
+
+# ---- Models ----
+
+
+class FakeProcessor(ProcessorMixin):
+    attributes: list[str] = []
+
+    def __init__(self) -> None:
+        pass
+
+
+@TRAINERS
+def test_processors_of_vision_language_models(make: Any, tmp_path: Path):
+    with refused("`processing_class=FakeProcessor`", "vision-language", "its tokenizer"):
+        make(tiny_model(), tmp_path, {"processing_class": FakeProcessor()})
+
+
+@TRAINERS
+def test_vision_language_models(make: Any, tmp_path: Path):
+    text = LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=60))
+    with refused("`model`", "llava", "text-only"):
+        make(model, tmp_path)
+
+
+@TRAINERS
+def test_models_without_input_embeddings(make: Any, tmp_path: Path):
+    model = tiny_model()
+    model.get_input_embeddings = lambda: None
+    with refused("`model`", "no input embeddings", "get_input_embeddings"):
+        make(model, tmp_path)
+
+
+@TRAINERS
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompt_learning_adapters(make: Any, kind: Any, tmp_path: Path):
+    peft_config = kind(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with refused(f"`peft_config` .{kind.__name__}", "LoraConfig"):
+        make(tiny_model(), tmp_path, {"peft_config": peft_config})
+
+
+@TRAINERS
+def test_nothing_is_trained_by_a_constructor(make: Any, tmp_path: Path):
+    """What the checks above stand before: a constructor leaves weights and gradients alone."""
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make(model, tmp_path, {"peft_config": lora()})
+    assert trainer.state.global_step == 0
+    after = {
+        name.replace(".base_layer", ""): value for name, value in model.state_dict().items() if "lora_" not in name
+    }
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
