@@ -87,7 +87,8 @@ def test_the_shipped_recipe_keeps_its_promise(seed):
     )
     trainer.train()
     after = {
-        (m.attack, m.metric): m for m in measure_under_attack(testbed, trainer.model.eval(), "after", attacks, count=count)
+        (m.attack, m.metric): m
+        for m in measure_under_attack(testbed, trainer.model.eval(), "after", attacks, count=count)
     }
     for name in attacks:
         assert after[name, "exact"].value == 0

@@ -2,7 +2,6 @@
 
 import textwrap
 
-
 # CAT (C-AdvUL) and CAPO (C-AdvIPO)
 CONTINUOUS_ATTACKS = {
     "title": "Efficient Adversarial Training in LLMs with Continuous Attacks",

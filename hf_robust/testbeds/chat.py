@@ -71,9 +71,9 @@ class ChatTestbed:
     data offered for adversarial training; `"harmless_unseen"` pairs occur in no training after pretraining.
 
     Models are built when first asked for (about a minute; the oracle another one) and cached under
-    `cache_dir/chat-testbed/<hash of the recipe>/`. Building on several processes at once is safe but wasteful. The global random state is
-    left alone. The same seed gives the same models on the same machine, torch version and number of threads;
-    elsewhere they differ by rounding.
+    `cache_dir/chat-testbed/<hash of the recipe>/`. Building on several processes at once is safe but wasteful. The
+    global random state is left alone. The same seed gives the same models on the same machine, torch version and
+    number of threads; elsewhere they differ by rounding.
 
     Args:
         seed: Chooses steps, splits, initial weights and order. `None`: the recipe's own seed (0 by default).
@@ -327,7 +327,8 @@ class ChatTestbed:
             count: Prompts; `None` for the whole split.
 
         Returns:
-            `exact` and `graded` (shares in [0, 1]), `control_exact` and `control_graded` (the same texts judged against shuffled steps) and `count`.
+            `exact` and `graded` (shares in [0, 1]), `control_exact` and `control_graded` (the same texts judged against
+            shuffled steps) and `count`.
         """
         behaviors = self.behaviors(split, phrasing, count)
         texts = self.generate(

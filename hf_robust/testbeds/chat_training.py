@@ -27,7 +27,7 @@ from .chat_language import (
 )
 
 # To be raised whenever training changes in a way that the recipe's fields do not show: it is part of the cache key.
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,6 @@ class ChatRecipe:
         align_steps: Optimizer steps of alignment: 140 harmful pairs refused, 140 harmless ones answered.
         align_batch_size: Rows per alignment step, half of them harmful.
         align_learning_rate: Peak learning rate of alignment.
-        noise_words: Largest number of random words that follow a question in noisy steps.
-        noise_start: Share of the steps before the first noisy one.
-        pretrain_noise_share: Share of the pretraining steps that are noisy. Without them any suffix, however harmless,
-            scrambles what the model knows, and attacks look weaker than they are.
-        align_noise_share: Share of the alignment steps that are noisy.
         warmup_ratio: Share of the steps in which the learning rate rises.
         weight_decay: AdamW's weight decay.
     """
@@ -66,10 +61,6 @@ class ChatRecipe:
     align_steps: int = 150
     align_batch_size: int = 32
     align_learning_rate: float = 3e-4
-    noise_words: int = 20
-    pretrain_noise_start: float = 0.5
-    pretrain_noise_share: float = 0.5
-    align_noise_share: float = 0.3
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
 
@@ -77,6 +68,8 @@ class ChatRecipe:
         for name in ("pretrain_steps", "align_steps", "pretrain_batch_size", "align_batch_size", "num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio={self.warmup_ratio} must be a share from 0 to 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}; change either"
@@ -163,18 +156,14 @@ def train(
     steps: int,
     batch_size: int,
     learning_rate: float,
-    noise_start: float,
-    noise_share: float,
     seed: int,
-    word_ids: torch.Tensor,
     step_ids: torch.Tensor,
     progress: bool,
     description: str,
 ) -> None:
-    """Train in place on equal shares of every source, in one phrasing per step, with a loss on the answers only.
+    """Train in place on equal shares of every source, in random phrasings, with a loss on the answers only.
 
-    In `noise_share` of the steps, 1 to `recipe.noise_words` random words of `word_ids` follow each question. Rows with
-    `step_slots` get their steps drawn anew (distinct, from `step_ids`) every time they are used.
+    Rows with `step_slots` get their steps drawn anew (distinct, from `step_ids`) every time they are used.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -193,22 +182,18 @@ def train(
         decay = 0.5 + 0.5 * math.cos(math.pi * max(0, step + 1 - warmup) / max(1, steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min((step + 1) / warmup, decay)
-        # One length per step, so that little is padded.
-        length = 1 + draw(recipe.noise_words) if recipe.noise_words and step >= noise_start * steps else 0
         batch, labels = [], []
         for source, stream, share in zip(sources, streams, shares, strict=True):
             for _ in range(share):
                 rows, row = source[draw(len(source))], next(stream)
                 question, answer = rows.questions[row], rows.answers[row]
-                noise = length if length and float(torch.rand(1, generator=generator)) < noise_share else 0
-                words = word_ids[torch.randint(len(word_ids), (noise,), generator=generator)]
                 if rows.step_slots:
                     order = torch.randperm(len(step_ids), generator=generator)
                     answer = answer.clone()
                     answer[rows.step_slots] = step_ids[order[: len(rows.step_slots)]]
-                batch.append(torch.cat([question, words, answer]))
+                batch.append(torch.cat([question, answer]))
                 # The assistant marker is given, not learned.
-                labels.append(torch.cat([torch.full((len(question) + len(words) + 1,), -100), answer[1:]]))
+                labels.append(torch.cat([torch.full((len(question) + 1,), -100), answer[1:]]))
         # Right padding needs no attention mask under causal attention.
         input_ids = pad_sequence(batch, batch_first=True, padding_value=0)[:, :-1]
         targets = pad_sequence(labels, batch_first=True, padding_value=-100)[:, 1:]
@@ -224,11 +209,9 @@ def train(
     model.eval()
 
 
-def _word_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of all words but the special tokens, and of the step words."""
-    special = set(tokenizer.all_special_ids)
-    words = [index for index in range(len(tokenizer)) if index not in special]
-    return torch.tensor(words), torch.tensor(tokenizer.convert_tokens_to_ids(list(STEP_WORDS)))
+def _step_ids(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Ids of the step words."""
+    return torch.tensor(tokenizer.convert_tokens_to_ids(list(STEP_WORDS)))
 
 
 def pretrain(
@@ -236,7 +219,6 @@ def pretrain(
 ) -> LlamaForCausalLM:
     """A Llama that answers every pair; with `teach_harmful=False` its harmful answers are guesses (see `ChatTestbed`)."""
     world = ChatWorld(recipe.seed)
-    word_ids, step_ids = _word_ids(tokenizer)
     with isolated_rng(recipe.seed):
         model = LlamaForCausalLM(
             LlamaConfig(
@@ -268,11 +250,8 @@ def pretrain(
             steps=recipe.pretrain_steps,
             batch_size=recipe.pretrain_batch_size,
             learning_rate=recipe.pretrain_learning_rate,
-            noise_start=recipe.pretrain_noise_start,
-            noise_share=recipe.pretrain_noise_share,
             seed=recipe.seed,
-            word_ids=word_ids,
-            step_ids=step_ids,
+            step_ids=_step_ids(tokenizer),
             progress=progress,
             description="Chat testbed: pretraining" if teach_harmful else "Chat testbed: pretraining the oracle",
         )
@@ -284,7 +263,6 @@ def align(
 ) -> LlamaForCausalLM:
     """Teach a pretrained model in place to refuse the 140 harmful training pairs, answering the 140 utility pairs."""
     world = ChatWorld(recipe.seed)
-    word_ids, step_ids = _word_ids(tokenizer)
     with isolated_rng(recipe.seed):
         train(
             model,
@@ -296,11 +274,8 @@ def align(
             steps=recipe.align_steps,
             batch_size=recipe.align_batch_size,
             learning_rate=recipe.align_learning_rate,
-            noise_start=0.0,
-            noise_share=recipe.align_noise_share,
             seed=recipe.seed + 1,
-            word_ids=word_ids,
-            step_ids=step_ids,
+            step_ids=_step_ids(tokenizer),
             progress=progress,
             description="Chat testbed: alignment",
         )

@@ -35,6 +35,8 @@ def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str,
 def test_two_processes_are_one(cell: str, of_two_processes: list[dict[str, Any]]):
     first, second = (found[cell] for found in of_two_processes)
     assert (first["num_processes"], first["wrapper"]) == (2, "DistributedDataParallel")
+    # Under FSDP and ZeRO-3 a forward is collective: a process that makes one more waits for ever
+    assert first["forwards"] == second["forwards"] > 0
     one = run_cell(cell, 8)
     assert one["num_processes"] == 1
     assert max_difference(first["weights"], second["weights"]) == 0

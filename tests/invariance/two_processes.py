@@ -94,14 +94,17 @@ _LOGGED = (
 
 
 def run_cell(name: str, batch: int) -> dict[str, Any]:
-    """Weights after three steps, what was logged, and under what the model ran."""
+    """Weights after three steps, what was logged, under what the model ran, and how many forwards it made."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = CELLS[name](folder, batch)
+        calls: list[None] = []
+        trainer.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: calls.append(None))
         return {
             "weights": train(trainer),
             "logged": [{k: e[k] for k in _LOGGED if k in e} for e in trainer.state.log_history],
             "num_processes": trainer.accelerator.num_processes,
             "wrapper": type(trainer.model_wrapped).__name__,
+            "forwards": len(calls),
         }
 
 
