@@ -352,6 +352,30 @@ def test_every_architecture_takes_a_step(name: str, tmp_path: Path):
     assert hook_count(model) == hooks
 
 
+def test_arguments_of_the_parent_by_position_and_a_model_by_path(tmp_path: Path):
+    """A path may be loaded a second time as the reference, as the parent does."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    args = {"model_init_kwargs": {"dtype": "float32"}, "attack_epsilon": EPSILON}
+    config = CAPOConfig(**settings(tmp_path, **args))
+    trainer = CAPOTrainer(str(tmp_path / "base"), None, config, None, adversarial_rows(16), adversarial_rows(3))
+    assert trainer.ref_model is not None
+    expected = train(capo_trainer(tiny_model(), tmp_path, attack_epsilon=EPSILON))
+    assert max_difference(expected, train(trainer)) < 1e-5
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_compute_metrics(tmp_path: Path):
+    """The parent's way to metrics of logits, which asks the policy for another forward."""
+
+    def shape(prediction: Any) -> dict[str, int]:
+        return {"vocabulary": prediction.predictions[0].shape[-1]}
+
+    trainer = eval_trainer(tmp_path, {"compute_metrics": shape})
+    assert "eval_loss" in trainer.evaluate()
+
+
 def test_model_card_names_paper_and_trainer(tmp_path: Path):
     trainer = capo_trainer(tiny_model(), tmp_path)
     trainer.create_model_card(model_name="tiny")

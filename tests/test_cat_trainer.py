@@ -436,6 +436,27 @@ def test_floating_point_operations_count_the_attack(keep: str, per_token: int, t
     assert trainer.state.total_flos == trainer.floating_point_ops(batch)
 
 
+def test_arguments_of_the_parent_by_position_and_a_model_by_path(tmp_path: Path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    path = str(tmp_path / "base")
+    args = {"model_init_kwargs": {"dtype": "float32"}, "attack_epsilon": EPSILON}
+    config = CATConfig(**settings(tmp_path, **args))
+    trainer = CATTrainer(path, config, None, utility_rows(), adversarial_dataset=adversarial_rows())
+    expected = cat_trainer(tiny_model(), tmp_path, adversarial_fraction=0.125, attack_epsilon=EPSILON)
+    assert max_difference(train(expected), train(trainer)) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:`return_outputs=True`:FutureWarning")
+def test_compute_metrics(tmp_path: Path):
+    """The parent's way to metrics of logits, which asks the loss for its outputs."""
+
+    def shape(prediction: Any) -> dict[str, int]:
+        return {"vocabulary": prediction.predictions.shape[-1]}
+
+    assert eval_trainer(tmp_path, {"compute_metrics": shape}).evaluate()["eval_vocabulary"] == 61
+
+
 _LOAD = """
 import sys
 

@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from hf_robust.attacks import EmbeddingAttack
 from hf_robust.attacks.gradient import SearchResult
 from hf_robust.data.checks import check_preferences
+from hf_robust.data.preferences import without_end
 from hf_robust.objectives import zero_confident_tokens
 from hf_robust.sites import EmbeddingSite
 from hf_robust.threats import check_at_least
@@ -43,6 +44,10 @@ class CAPOConfig(AttackArguments, DPOConfig):
             Loss of [`~trl.DPOTrainer`]; the paper's is IPO.
         beta (`float`, defaults to `0.25`):
             IPO's beta: the margin of the token-mean log-ratios is `1 / (2 * beta)`, 2.0 nats.
+        rejected_end (`bool`, defaults to `True`):
+            Whether the end-of-turn token behind a rejected answer counts as a label, as in [`~trl.DPOTrainer`]. Set it to
+            `False` for rejected answers that are beginnings ("Sure, here is"), behind which no model ends its turn: with
+            that label, the loss can be met by making the end unlikely, and the harmful beginning stays.
         reference_compat (`bool`, defaults to `False`):
             Reproduce the authors' released code where it differs: per-token log-probabilities of the rejected answer below
             -5 count as 0, the last perturbation instead of the best, and an absolute step of 1e-4 unless
@@ -53,6 +58,9 @@ class CAPOConfig(AttackArguments, DPOConfig):
         default_factory=lambda: ["ipo"], metadata={"help": "Loss of DPOTrainer; the paper's is ipo."}
     )
     beta: float = field(default=0.25, metadata={"help": "IPO's beta: the margin is 1 / (2 * beta)."})
+    rejected_end: bool = field(
+        default=True, metadata={"help": "Whether the end-of-turn token of a rejected answer counts as a label."}
+    )
     reference_compat: bool = field(
         default=False, metadata={"help": "Reproduce the authors' code where it differs from the paper."}
     )
@@ -234,7 +242,14 @@ class CAPOTrainer(DPOTrainer):
                 f"`max_length={args.max_length!r}` leaves no label of any of the {len(dataset)} rows of the {dataset_name} "
                 "dataset: every prompt fills it. Raise `max_length`, or shorten the prompts."
             )
-        return prepared
+        if args.rejected_end:
+            return prepared
+        tokenizer = self._tokenizer
+
+        def cut(row: dict[str, Any]) -> dict[str, Any]:
+            return {"rejected_ids": without_end(row["rejected_ids"], row["rejected"], tokenizer)}
+
+        return prepared.map(cut)
 
     def _precompute_ref_logps(self, dataset, name, batch_size):
         """The parent's reference log-probabilities, also of a dataset that was made in memory."""

@@ -144,8 +144,15 @@ def _marked_spans(marked: str, start: str, end: str) -> list[tuple[int, int]]:
     return spans if opened is None else []
 
 
-def _without_end(ids: list[int], answer: str | list[dict[str, Any]], tokenizer: Any) -> list[int]:
-    """Token ids of an answer up to where its own words end: no end-of-sequence or end-of-turn token behind them."""
+def without_end(ids: list[int], answer: str | list[dict[str, Any]], tokenizer: Any) -> list[int]:
+    """
+    Token ids of an answer up to where its own words end: no end-of-sequence or end-of-turn token behind them.
+
+    Args:
+        ids: token ids of the answer.
+        answer: the answer as text or messages, of which the last one counts.
+        tokenizer: decodes them.
+    """
     text = answer if isinstance(answer, str) else answer[-1].get("content")
     if not isinstance(text, str) or not text.strip():
         return ids
@@ -186,7 +193,7 @@ def _tokenize_row(
     prompt_ids = prompt_ids[:prompt_length]
     chosen_ids, rejected_ids = chosen_ids[prompt_length:], rejected_ids[prompt_length:]
     if not rejected_end:
-        rejected_ids = _without_end(rejected_ids, row["rejected"], tokenizer)
+        rejected_ids = without_end(rejected_ids, row["rejected"], tokenizer)
     user_mask = None if user_mask is None else user_mask[:prompt_length]
 
     # What `max_length` must be for at least one label of either answer behind the prompt.

@@ -42,6 +42,29 @@ def test_zero_adversarial_weights_are_sft_bit_for_bit(dropout: float | None, acc
     assert any("lora" in name for name in found[0]) == (dropout is not None)
 
 
+OPTIONS = {
+    "neftune": {"neftune_noise_alpha": 5.0},
+    "label-smoothing": {"label_smoothing_factor": 0.1},
+    "dft": {"loss_type": "dft"},
+    "tokens-seen": {"include_num_input_tokens_seen": "all"},
+    "clipping": {"max_grad_norm": 0.5},
+    # Four micro-batches an epoch: windows of three and of one
+    "short-window": {"gradient_accumulation_steps": 3, "max_steps": -1, "num_train_epochs": 2},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_the_parent_work_as_there(option: str, tmp_path: Path):
+    args = OPTIONS[option]
+    parent = sft_trainer(tiny_model(), tmp_path, **args)
+    expected = train(parent)
+    off = train(cat_trainer(tiny_model(), tmp_path, away_weight=0.0, toward_weight=0.0, **args))
+    assert all(torch.equal(expected[name], off[name]) for name in expected)
+    attacked = cat_trainer(tiny_model(), tmp_path, **args)
+    assert max_difference(expected, train(attacked)) > 1e-3
+    assert attacked.state.global_step == parent.state.global_step == len(logged(attacked, "away_loss"))
+
+
 def leaky(value: torch.Tensor, cutoff: float, jump: bool = False) -> torch.Tensor:
     """The cut-off as the card states it, in its continuous and in its reference form."""
     if value.item() >= cutoff:
@@ -219,6 +242,28 @@ def test_accumulation_does_not_matter(dropout: float | None, tmp_path: Path):
     assert max_difference(whole, run(2, 4, attack_batch_size=3)) < TOLERANCE
     if dropout is None:
         assert max_difference(whole, run(8, 1, attack_steps=0)) > 100 * TOLERANCE
+
+
+def test_accumulation_does_not_matter_where_the_trainer_divides(tmp_path: Path):
+    """A model whose loss is not scaled by the window's tokens: the Trainer divides each micro-batch's loss instead."""
+
+    def run(batch: int, accumulation: int) -> list[float]:
+        model = tiny_model()
+        model.accepts_loss_kwargs = False
+        args = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        # Without utility rows, whose loss is then a mean of means
+        trainer = cat_trainer(model, tmp_path, utility_weight=0.0, attack_epsilon=EPSILON, **args)
+        found.append(train(trainer))
+        assert not trainer.model_accepts_loss_kwargs
+        return logged(trainer, "loss")
+
+    found: list[dict[str, torch.Tensor]] = []
+    assert run(8, 1) == pytest.approx(run(2, 4), abs=TOLERANCE)
+    assert max_difference(*found) < TOLERANCE
+    scaled = cat_trainer(
+        tiny_model(), tmp_path, utility_weight=0.0, attack_epsilon=EPSILON, per_device_train_batch_size=8
+    )
+    assert max_difference(found[0], train(scaled)) < TOLERANCE
 
 
 @pytest.mark.parametrize("init", ["zero", "random"])
