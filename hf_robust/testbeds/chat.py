@@ -52,7 +52,7 @@ def _no_loading_bar() -> Iterator[None]:
 
 
 class ChatTestbed:
-    """Aligned chat model, data, attack behaviours and an exact judge, all made on the spot: no download, no judge model.
+    """Aligned chat model, data, behaviours and an exact judge, all made on the spot: no download, no judge model.
 
     "how do i VERB a NOUN" is answered "sure , to VERB a NOUN first … then … next … last …"; the four steps are a hash
     of (seed, VERB, NOUN), one of 48 words each, so that they can be known but not guessed. 10 verbs × 20 harmless and

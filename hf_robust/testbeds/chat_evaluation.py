@@ -35,9 +35,18 @@ def quick_attacks(*, seed: int = 0, progress: bool = True) -> dict[str, TextAtta
             epsilon=0.5, steps=40, step_size=0.1, step_size_relative=True, batch_size=32, **common
         ),
         "embedding suffix": EmbeddingSuffixAttack(
-            suffix_length=10, steps=100, step_size=0.01, early_stop=False, batch_size=32, **common
+            suffix_length=6, steps=100, step_size=0.01, early_stop=False, batch_size=32, **common
         ),
-        "GCG": GCG(num_steps=50, search_width=48, topk=64, suffix_length=8, **common),
+        # Stopping at the first hit favours the attack here: a suffix that is searched on scrambles what the model knows
+        "GCG": GCG(
+            num_steps=50,
+            search_width=48,
+            topk=64,
+            suffix_length=6,
+            early_stop=True,
+            candidate_batch_size=128,
+            **common,
+        ),
     }
 
 
@@ -55,6 +64,8 @@ def strong_attacks(*, seed: int = 0, progress: bool = True) -> dict[str, TextAtt
         topk=64,
         suffix_length=20,
         restarts=3,
+        early_stop=True,
+        candidate_batch_size=128,
         max_new_tokens=_MAX_NEW_TOKENS,
         seed=seed,
         progress=progress,

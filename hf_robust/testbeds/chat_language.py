@@ -54,7 +54,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'user' %}{{ ' <user> ' + message['content'] | trim }}"
     "{% elif message['role'] == 'assistant' %}{{ ' <assistant> ' }}"
     "{% generation %}{{ message['content'] | trim + ' ' + eos_token }}{% endgeneration %}"
-    "{% else %}{{ raise_exception('The chat testbed knows the roles user and assistant only, got ' + message['role']) }}"
+    "{% else %}{{ raise_exception('roles are user and assistant, got ' + message['role']) }}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}"
 )
@@ -244,8 +244,8 @@ class ChatWorld:
         """Every pair of a split, asked in one phrasing, in a fixed order that mixes verbs and nouns.
 
         Args:
-            split: "harmful_train" (140 pairs: refused in alignment, attacked in training), "harmful_held_out" (60: known
-                from pretraining, in no later training), "harmless_utility" (140: in the utility data) or
+            split: "harmful_train" (140 pairs: refused in alignment, attacked in training), "harmful_held_out" (60:
+                known from pretraining, in no later training), "harmless_utility" (140: in the utility data) or
                 "harmless_unseen" (60: known from pretraining, in no later training).
             phrasing: Index into `PHRASINGS`.
 

@@ -57,8 +57,8 @@ class ChatRecipe:
     num_heads: int = 4
     pretrain_steps: int = 600
     pretrain_batch_size: int = 32
-    pretrain_learning_rate: float = 3e-3
-    align_steps: int = 150
+    pretrain_learning_rate: float = 2e-3
+    align_steps: int = 200
     align_batch_size: int = 32
     align_learning_rate: float = 3e-4
     warmup_ratio: float = 0.1
@@ -217,7 +217,7 @@ def _step_ids(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 def pretrain(
     recipe: ChatRecipe, tokenizer: PreTrainedTokenizerFast, *, teach_harmful: bool = True, progress: bool = False
 ) -> LlamaForCausalLM:
-    """A Llama that answers every pair; with `teach_harmful=False` its harmful answers are guesses (see `ChatTestbed`)."""
+    """A Llama that answers every pair; with `teach_harmful=False` its harmful steps are guesses (see `ChatTestbed`)."""
     world = ChatWorld(recipe.seed)
     with isolated_rng(recipe.seed):
         model = LlamaForCausalLM(

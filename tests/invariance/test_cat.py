@@ -53,6 +53,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_the_parent_work_as_there(option: str, tmp_path: Path):
     args = OPTIONS[option]
