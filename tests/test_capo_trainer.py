@@ -233,7 +233,7 @@ def test_streaming_rows(tmp_path: Path):
     adapter = capo_trainer(tiny_model(), tmp_path, {**stream, "peft_config": lora()})
     train(adapter)
     assert len(logged(adapter, "attack_loss_last")) == 3
-    given = capo_trainer(tiny_model(), tmp_path, {**stream, "ref_model": tiny_model()})
+    given = capo_trainer(tiny_model(), tmp_path, {**stream, "ref_model": tiny_model()}, rejected_end=False)
     train(given)
     assert len(logged(given, "attack_loss_last")) == 3
 

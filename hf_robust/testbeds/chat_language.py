@@ -54,7 +54,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'user' %}{{ ' <user> ' + message['content'] | trim }}"
     "{% elif message['role'] == 'assistant' %}{{ ' <assistant> ' }}"
     "{% generation %}{{ message['content'] | trim + ' ' + eos_token }}{% endgeneration %}"
-    "{% else %}{{ raise_exception('roles are user and assistant, got ' + message['role']) }}"
+    "{% else %}{{ raise_exception('The chat testbed knows the roles user and assistant only, got ' + message['role']) }}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}"
 )

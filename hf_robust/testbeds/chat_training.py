@@ -57,8 +57,8 @@ class ChatRecipe:
     num_heads: int = 4
     pretrain_steps: int = 600
     pretrain_batch_size: int = 32
-    pretrain_learning_rate: float = 2e-3
-    align_steps: int = 200
+    pretrain_learning_rate: float = 3e-3
+    align_steps: int = 150
     align_batch_size: int = 32
     align_learning_rate: float = 3e-4
     warmup_ratio: float = 0.1

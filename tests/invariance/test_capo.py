@@ -36,8 +36,8 @@ def test_without_attack_is_dpo_bit_for_bit(dropout: float | None, off: dict, tmp
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-@pytest.mark.parametrize("batch", [8, 2])
-def test_steps_0_has_the_hand_derived_loss_and_update(batch: int, tmp_path: Path):
+@pytest.mark.parametrize(("batch", "rejected_end"), [(8, True), (8, False), (2, True)])
+def test_steps_0_has_the_hand_derived_loss_and_update(batch: int, rejected_end: bool, tmp_path: Path):
     """`(h - 1 / (2 beta))^2` with token-mean log-ratios against the model before training, from unpadded rows."""
     rows = adversarial_rows(8)
     trainer = capo_trainer(
@@ -47,6 +47,7 @@ def test_steps_0_has_the_hand_derived_loss_and_update(batch: int, tmp_path: Path
         attack_steps=0,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=8 // batch,
+        rejected_end=rejected_end,
     )
     updated = train(trainer)
     model, reference = tiny_model(), tiny_model()
@@ -56,7 +57,7 @@ def test_steps_0_has_the_hand_derived_loss_and_update(batch: int, tmp_path: Path
         for row in rows:
             log_ratio = {}
             for answer in ("chosen", "rejected"):
-                ids = row_ids(row, answer)
+                ids = row_ids(row, answer, end=rejected_end or answer == "chosen")
                 log_ratio[answer] = (clean_nll(reference, *ids).detach() - clean_nll(model, *ids)).mean()
             losses.append((log_ratio["chosen"] - log_ratio["rejected"] - 2.0) ** 2)
         loss = torch.stack(losses).mean()
