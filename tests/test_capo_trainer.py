@@ -334,6 +334,19 @@ def test_modules_to_save_learn(tmp_path: Path):
     assert not any("original_module" in name for name in changed)
 
 
+@pytest.mark.parametrize("messages", [False, True], ids=["plain", "messages"])
+def test_rejected_end_is_the_only_token_that_goes(messages: bool, tmp_path: Path):
+    rows = conversational(adversarial_rows(4)) if messages else adversarial_rows(4)
+    whole, cut = (
+        capo_trainer(tiny_model(), tmp_path, {"train_dataset": rows}, rejected_end=end).train_dataset
+        for end in (True, False)
+    )
+    eos = tiny_tokenizer().eos_token_id
+    assert [[*ids, eos] for ids in cut["rejected_ids"]] == list(whole["rejected_ids"])
+    assert list(cut["chosen_ids"]) == list(whole["chosen_ids"])
+    assert list(cut["prompt_ids"]) == list(whole["prompt_ids"])
+
+
 def test_conversational_rows(tmp_path: Path):
     trainer = capo_trainer(tiny_model(), tmp_path, {"train_dataset": conversational(adversarial_rows(8))})
     assert max_difference(weights(tiny_model()), train(trainer)) > 1e-3

@@ -247,7 +247,10 @@ class CAPOTrainer(DPOTrainer):
         tokenizer = self._tokenizer
 
         def cut(row: dict[str, Any]) -> dict[str, Any]:
-            return {"rejected_ids": without_end(row["rejected_ids"], row["rejected"], tokenizer)}
+            answer = row["rejected"]
+            if isinstance(answer, str):  # to which the parent has added the token that is to go
+                answer = answer.removesuffix(tokenizer.eos_token)
+            return {"rejected_ids": without_end(row["rejected_ids"], answer, tokenizer)}
 
         return prepared.map(cut)
 
