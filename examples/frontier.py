@@ -24,15 +24,15 @@ from hf_robust.trainers import CATTrainer
 RECIPES: dict[str, dict] = {
     "default": {},
     "no attack": {"attack_epsilon": 0.0},
-    "epsilon 0.03": {"attack_epsilon": 0.03},
-    "epsilon 0.15": {"attack_epsilon": 0.15},
     "no KL": {"utility_kl_weight": 0.0},
     "prefix only": {"steps": False},
-    "paper's cut-offs": {"toward_cutoff": 0.5, "away_cutoff": -5.0},
-    "half the steps": {"max_steps": "half"},
+    "paper's losses": {"toward_cutoff": 0.5, "away_cutoff": -5.0, "utility_kl_weight": 0.0},
+    "epsilon 0.3": {"attack_epsilon": 0.3},
+    "learning rate 3e-4": {"learning_rate": 3e-4},
+    "KL 2": {"utility_kl_weight": 2.0},
     "LoRA r 8": {"lora": {"r": 8, "lora_alpha": 8}},
-    "fraction 0.25": {"adversarial_fraction": 0.25},
-    "learning rate 1e-3": {"learning_rate": 1e-3},
+    "fraction 0.125": {"adversarial_fraction": 0.125},
+    "half the steps": {"max_steps": "half"},
 }
 
 

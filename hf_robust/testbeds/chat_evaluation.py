@@ -32,10 +32,10 @@ def quick_attacks(*, seed: int = 0, progress: bool = True) -> dict[str, TextAtta
     common: dict[str, Any] = {"max_new_tokens": _MAX_NEW_TOKENS, "seed": seed, "progress": progress}
     return {
         "embedding ball": EmbeddingAttack(
-            epsilon=0.15, steps=40, step_size=0.1, step_size_relative=True, batch_size=32, **common
+            epsilon=0.2, steps=40, step_size=0.1, step_size_relative=True, batch_size=32, **common
         ),
         "embedding suffix": EmbeddingSuffixAttack(
-            suffix_length=6, steps=100, step_size=0.01, early_stop=False, batch_size=32, **common
+            suffix_length=10, steps=100, step_size=0.01, early_stop=False, batch_size=32, **common
         ),
         # Stopping at the first hit favours the attack here: a suffix that is searched on scrambles what the model knows
         "GCG": GCG(
