@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/real_text"))
-    parser.add_argument("--pretrain_steps", type=int, default=1200)
+    parser.add_argument("--pretrain_steps", type=int, default=800)
     parser.add_argument("--align_steps", type=int, default=150)
     parser.add_argument("--cat_steps", type=int, default=150)
     parser.add_argument("--held_out", type=int, default=20, help="behaviours that alignment and CAT never see")
@@ -171,7 +171,7 @@ def main() -> None:
         )  # fmt: skip
         print(f"{model.num_parameters() / 1e6:.1f}M parameters", flush=True)
         helpful = concatenate_datasets([questions, *[answered(harmful, "rejected")] * 4])
-        fine_tune(model, tokenizer, helpful, out, steps=options.pretrain_steps, rate=1e-3, name="pretraining")
+        fine_tune(model, tokenizer, helpful, out, steps=options.pretrain_steps, rate=1.5e-3, name="pretraining")
         safe = concatenate_datasets([questions, *[answered(train, "chosen")] * 8])
         fine_tune(model, tokenizer, safe, out, steps=options.align_steps, rate=2e-4, name="alignment")
         model.save_pretrained(aligned)
@@ -192,8 +192,10 @@ def main() -> None:
             "--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none",
             "--max_steps", str(options.cat_steps), "--per_device_train_batch_size", "24",
             "--gradient_accumulation_steps", "1", "--max_length", "96", "--save_strategy", "no", "--seed",
-            str(options.seed), "--attack_epsilon", "0.2", "--learning_rate", "5e-4", "--max_grad_norm", "1.0",
-            "--lora_r", "16", "--lora_alpha", "16", "--lora_dropout", "0", "--utility_kl_weight", "1.0",
+            str(options.seed), "--attack_epsilon", "0.1", "--attack_steps", "5", "--learning_rate", "1e-3",
+            "--max_grad_norm", "1.0",
+            "--lora_r", "16", "--lora_alpha", "16", "--lora_dropout", "0", "--utility_kl_weight", "8.0",
+            "--toward_cutoff", "0.05", "--away_cutoff", "-8.0", "--adversarial_fraction", "0.2",
             *options.cat,
         ]
     )  # fmt: skip
