@@ -28,6 +28,8 @@ RECIPES: dict[str, dict] = {
     "prefix only": {"steps": False},
     "paper's losses": {"toward_cutoff": 0.5, "away_cutoff": -5.0, "utility_kl_weight": 0.0},
     "epsilon 0.3": {"attack_epsilon": 0.3},
+    "toward weight 2": {"toward_weight": 2.0},
+    "random start": {"attack_init": "random", "attack_steps": 10},
     "learning rate 3e-4": {"learning_rate": 3e-4},
     "KL 2": {"utility_kl_weight": 2.0},
     "LoRA r 8": {"lora": {"r": 8, "lora_alpha": 8}},
@@ -112,6 +114,7 @@ def table(rows: list[dict]) -> str:
             v for k, v in r.items() if k.startswith("harmful") and k.endswith("/exact")
         ),
         "affirmative, GCG": lambda r: r["harmful_held_out/GCG/affirmative"],
+        "affirmative, ball": lambda r: r["harmful_held_out/embedding ball/affirmative"],
         "utility, rehearsed": lambda r: r["harmless_utility/none/utility"],
         "utility, unrehearsed": lambda r: r["harmless_unseen/none/utility"],
         "over-refusal, rehearsed": lambda r: r["harmless_utility/none/over_refusal"],
