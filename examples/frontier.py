@@ -27,6 +27,7 @@ RECIPES: dict[str, dict] = {
     "no KL": {"utility_kl_weight": 0.0},
     "prefix only": {"steps": False},
     "paper's losses": {"toward_cutoff": 0.5, "away_cutoff": -5.0, "utility_kl_weight": 0.0},
+    "away cut-off -6": {"away_cutoff": -6.0},
     "epsilon 0.3": {"attack_epsilon": 0.3},
     "toward weight 2": {"toward_weight": 2.0},
     "random start": {"attack_init": "random", "attack_steps": 10},

@@ -40,6 +40,10 @@ class AttackArguments:
             `"best"` or `"last"` perturbation. Default: `"best"`, and `"last"` for a single step.
         eval_attack_steps (`int`, *optional*):
             Steps of the attack in evaluation; 0 evaluates on clean prompts. Default: `attack_steps`.
+        reference_compat (`bool`, defaults to `False`):
+            Reproduce the authors' released code where it differs from the paper. For the attack: the last perturbation
+            instead of the best, and an absolute step of 1e-4 unless `attack_step_size` is set. For the losses: see the
+            trainer's own configuration.
     """
 
     attack_epsilon: float = field(
@@ -72,7 +76,15 @@ class AttackArguments:
         default=None, metadata={"help": "Steps of the attack in evaluation. Default: attack_steps. 0: clean prompts."}
     )
 
+    reference_compat: bool = field(
+        default=False, metadata={"help": "Reproduce the authors' code where it differs from the paper."}
+    )
+
     def __post_init__(self) -> None:
+        if self.reference_compat:
+            self.attack_keep = self.attack_keep or "last"
+            if self.attack_step_size is None:
+                self.attack_step_size, self.attack_step_size_relative = 1e-4, False
         # Parsers of command lines and YAML files hand over what they read: fail on it here, not after the model loads
         self.build_attack()
         if self.eval_attack_steps is not None:

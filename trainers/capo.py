@@ -61,15 +61,8 @@ class CAPOConfig(AttackArguments, DPOConfig):
     rejected_end: bool = field(
         default=True, metadata={"help": "Whether the end-of-turn token of a rejected answer counts as a label."}
     )
-    reference_compat: bool = field(
-        default=False, metadata={"help": "Reproduce the authors' code where it differs from the paper."}
-    )
 
     def __post_init__(self) -> None:
-        if self.reference_compat:
-            self.attack_keep = self.attack_keep or "last"
-            if self.attack_step_size is None:
-                self.attack_step_size, self.attack_step_size_relative = 1e-4, False
         check_at_least("beta", self.beta, 1e-8, "The paper uses 0.25.")
         super().__post_init__()
 

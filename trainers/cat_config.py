@@ -64,15 +64,8 @@ class CATConfig(AttackArguments, SFTConfig):
     utility_kl_weight: float = field(
         default=0.0, metadata={"help": "Weight of KL(before, now) on the utility rows. Needs PEFT."}
     )
-    reference_compat: bool = field(
-        default=False, metadata={"help": "Reproduce the authors' code where it differs from the paper."}
-    )
 
     def __post_init__(self) -> None:
-        if self.reference_compat:
-            self.attack_keep = self.attack_keep or "last"
-            if self.attack_step_size is None:
-                self.attack_step_size, self.attack_step_size_relative = 1e-4, False
         for name in ("away_weight", "toward_weight", "utility_weight", "utility_kl_weight"):
             check_at_least(name, getattr(self, name), 0, "Use 0 to leave the term out.")
         if not 0 < self.adversarial_fraction < 1:
