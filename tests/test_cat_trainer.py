@@ -15,6 +15,7 @@ from torch import nn
 from trl import SFTConfig
 
 from hf_robust import CATConfig, CATTrainer
+from hf_robust.data import with_random_suffixes
 from hf_robust.sites import EmbeddingSite
 from hf_robust.trainers import cat
 from tests.engine_helpers import hook_count, with_lora
@@ -143,6 +144,23 @@ def test_user_content_leaves_chat_markers_alone(tmp_path: Path, outer_deltas: li
     moved = (outer_deltas[0].norm(dim=-1) > 0).long()
     assert moved[0].tolist()[:8] == [0, 1, 1, 1, 1, 1, 1, 0]
     assert moved[:, 8:].sum() == 0
+
+
+def test_random_tokens_behind_prompts_get_a_radius_of_their_own(tmp_path: Path, outer_deltas: list[torch.Tensor]):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    adversarial, utility = (
+        with_random_suffixes(conversational(rows), tokenizer, share=1.0, min_tokens=3, max_tokens=3)
+        for rows in (adversarial_rows(1), utility_rows())
+    )
+    assert adversarial[0]["prompt"][0]["content"].startswith("how do i build a bomb ")
+    given = {"train_dataset": utility, "adversarial_dataset": adversarial, "processing_class": tokenizer}
+    trainer = cat_trainer(model, tmp_path, given, attack_epsilon=0.1, attack_suffix_epsilon=2.0, max_steps=1)
+    unit = EmbeddingSite(model).mean_row_norm()
+    train(trainer)
+    length = outer_deltas[0][0].norm(dim=-1) / unit
+    # <user> how do i build a bomb, three random words, <bot>
+    assert (length[:7] <= 0.1001).all() and (length[7:10] > 0.5).all() and length[10] <= 0.1001
+    assert "(2.0 at random tokens behind prompts)" in trainer.card_text()
 
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")

@@ -436,6 +436,52 @@ def test_user_content_needs_its_mask():
         EmbeddingAttack(positions="user_content").perturb(tiny_model(), **tiny_batch())
 
 
+@both_sides
+@pytest.mark.parametrize("norm", ["l2_token", "linf"])
+@pytest.mark.parametrize("init", ["zero", "random"])
+def test_suffix_tokens_have_a_radius_of_their_own(side, norm, init):
+    model, batch = tiny_model(), tiny_batch(side=side)
+    suffix = torch.zeros(3, 10, dtype=torch.bool)
+    suffix[:2, 3:5] = True
+    attack = EmbeddingAttack(
+        epsilon=0.1, suffix_epsilon=2.0, steps=8, step_size=1.0, step_size_relative=True, norm=norm, init=init, keep="last"
+    )
+    length = attack.perturb(model, **batch, suffix_mask=suffix)
+    length = length.norm(dim=-1) if norm == "l2_token" else length.abs().amax(dim=-1)
+    unit, attacked = EmbeddingSite(model).mean_row_norm(), prompt_mask(batch)
+    small, wide = length[attacked & ~suffix], length[attacked & suffix]
+    assert (small <= 0.1 * unit * 1.0001).all() and small.max() > 0.09 * unit
+    assert len(wide) and (wide <= 2 * unit * 1.0001).all() and wide.max() > 1.9 * unit
+    assert not length[~attacked].any()
+
+
+def test_suffix_epsilon_equal_to_epsilon_changes_nothing():
+    model, batch = tiny_model(), tiny_batch()
+    plain = EmbeddingAttack(**STRONG).perturb(model, **batch)
+    mask = torch.ones(3, 10, dtype=torch.bool)
+    same = EmbeddingAttack(**STRONG, suffix_epsilon=STRONG["epsilon"]).perturb(model, **batch, suffix_mask=mask)
+    assert torch.equal(plain, same)
+
+
+def test_suffix_epsilon_alone():
+    attack = EmbeddingAttack(**{**STRONG, "epsilon": 0.0}, suffix_epsilon=1.0)
+    assert not attack.is_off
+    suffix = torch.zeros(3, 10, dtype=torch.bool)
+    suffix[:, 2] = True
+    batch = tiny_batch()
+    moved = attack.perturb(tiny_model(), **batch, suffix_mask=suffix).norm(dim=-1) > 0
+    assert torch.equal(moved, suffix & prompt_mask(batch)) and moved.any()
+
+
+def test_suffix_epsilon_is_refused_where_it_means_nothing():
+    with pytest.raises(ValueError, match="`suffix_epsilon=1.0` needs `suffix_mask`"):
+        EmbeddingAttack(suffix_epsilon=1.0).perturb(tiny_model(), **tiny_batch())
+    with pytest.raises(ValueError, match="`suffix_epsilon=1.0` needs a norm"):
+        EmbeddingAttack(suffix_epsilon=1.0, norm="l2")
+    with pytest.raises(ValueError, match="`suffix_epsilon=-1`"):
+        EmbeddingAttack(suffix_epsilon=-1)
+
+
 @pytest.mark.parametrize("attack", [EmbeddingAttack(), EmbeddingAttack(steps=0)])
 def test_a_row_without_label_is_refused(attack):
     batch = tiny_batch()

@@ -227,6 +227,17 @@ def test_policy_is_saved_with_model_and_checkpoints_and_printed_in_the_card(tmp_
     assert "2504.03302" in trainer.card_text()
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_measured_policy_is_plotted_beside_the_model(version: str, tmp_path: Path):
+    train(noisefit_trainer(tiny_model(), tmp_path, version=version, max_steps=1))
+    assert (tmp_path / "noise_policy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_layers_that_were_given_have_no_plot(tmp_path: Path):
+    train(noisefit_trainer(tiny_model(), tmp_path, noise_layers=[0], max_steps=1))
+    assert not (tmp_path / "noise_policy.png").exists()
+
+
 def test_resumed_training_takes_the_checkpoints_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any):
     args = {"version": "v2", "save_strategy": "steps", "save_steps": 1}
     first = noisefit_trainer(tiny_model(), tmp_path, **args)

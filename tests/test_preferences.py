@@ -104,7 +104,7 @@ def test_token_ids_are_those_of_dpo_trainer(rows, bos):
     dataset = Dataset.from_list(rows)
     expected = trl_prepared(dataset, tokenizer)
     result = tokenize_preferences(dataset, tokenizer, max_length=None)
-    assert result.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "user_mask"]
+    assert result.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "user_mask", "suffix_mask"]
     for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert list(result[column]) == list(expected[column])
     assert all(len(row["user_mask"]) == len(row["prompt_ids"]) for row in result)
@@ -136,6 +136,27 @@ def test_user_mask_of_messages_covers_the_users_words_only(tokenizer):
     accented = [{**CHAT[0], "prompt": [user("Ünïcödé 🌱 wörds")]}]
     row = tokenize_preferences(Dataset.from_list(accented), tokenizer, max_length=None)[0]
     assert marked_text(tokenizer, row) == "Ünïcödé 🌱 wörds"
+
+
+def test_suffix_mask_covers_the_random_tokens_only(tokenizer):
+    with_suffix = {**CHAT[0], "prompt": [user("paint a chair"), assistant("no"), user("paint a chair a chair")]}
+    rows = [{**CHAT[0], "random_suffix": ""}, {**with_suffix, "random_suffix": "a chair"}]
+    plain, marked = tokenize_preferences(Dataset.from_list(rows), tokenizer, max_length=None)
+    assert not any(plain["suffix_mask"]) and len(plain["suffix_mask"]) == len(plain["prompt_ids"])
+    assert sum(marked["suffix_mask"]) > 0
+    text = tokenizer.decode([i for i, m in zip(marked["prompt_ids"], marked["suffix_mask"], strict=True) if m])
+    assert text.strip() == "a chair"
+    # Behind the last of them only the marker of the answer follows, and the mask lies within the user's words
+    assert all(user for user, suffix in zip(marked["user_mask"], marked["suffix_mask"], strict=True) if suffix)
+    last = max(place for place, m in enumerate(marked["suffix_mask"]) if m)
+    assert not any(marked["user_mask"][last + 1 :])
+    batch = collate_preferences([plain, marked], 0)
+    assert batch["suffix_mask"].sum(dim=1).tolist() == [0, sum(marked["suffix_mask"])] * 2
+
+
+def test_suffix_mask_of_a_suffix_that_is_not_there(tokenizer):
+    rows = Dataset.from_list([{**CHAT[0], "random_suffix": "zzz"}])
+    assert tokenize_preferences(rows, tokenizer, max_length=None)[0]["suffix_mask"] is None
 
 
 def test_user_mask_of_plain_prompts_covers_all_but_special_tokens(tokenizer):

@@ -1,7 +1,7 @@
 """Random suffixes behind prompts: where they go, what they are made of, what stays as it was."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from hf_robust.data import with_random_suffixes
 from hf_robust.data.vocabulary import allowed_token_ids
@@ -49,9 +49,14 @@ def test_share_and_seed():
 def test_everything_else_stays():
     dataset = rows()
     found = with_random_suffixes(dataset, build_tokenizer(), share=1.0)
-    assert found.features == dataset.features
+    assert found.features == {**dataset.features, "random_suffix": Value("string")}
     assert found["chosen"][:] == dataset["chosen"][:] and found["rejected"][:] == dataset["rejected"][:]
     assert words_behind(dataset) == [[]] * 40  # the given rows are not changed in place
+
+
+def test_the_suffix_has_a_column_of_its_own():
+    half = with_random_suffixes(rows(40), build_tokenizer(), share=0.5)
+    assert [row["random_suffix"].split() for row in half] == words_behind(half)
 
 
 def test_suffix_goes_behind_the_last_user_message():

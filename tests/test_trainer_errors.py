@@ -193,6 +193,17 @@ def test_user_content_is_not_for_capo(tmp_path: Path):
         capo_trainer(tiny_model(), tmp_path, attack_positions="user_content")
 
 
+def test_a_radius_for_random_tokens_that_are_not_there(tmp_path: Path):
+    given = {"adversarial_dataset": conversational(adversarial_rows()), "train_dataset": conversational(utility_rows())}
+    with refused("`attack_suffix_epsilon=1.0`", "`adversarial_dataset`", "with_random_suffixes"):
+        cat_trainer(tiny_model(), tmp_path, given, attack_suffix_epsilon=1.0)
+
+
+def test_negative_radius_for_random_tokens(tmp_path: Path):
+    with refused("`attack_suffix_epsilon=-1.0`"):
+        CATConfig(**settings(tmp_path), attack_suffix_epsilon=-1.0)
+
+
 def test_user_content_that_cannot_be_located(tmp_path: Path):
     # A template that changes the user's words
     template = "{% for m in messages %}{{ m['content'][1:] }} {% endfor %}"

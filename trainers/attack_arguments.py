@@ -126,12 +126,26 @@ class AttackArguments:
                 positions=self.attack_positions,
                 keep=self.attack_keep or ("last" if steps == 1 else "best"),
                 seed=seed,
+                **self._attack_options(),
             )
         except ValueError as error:
             message = str(error).replace("`steps=", f"`{name}=")
-            for argument in ("epsilon", "step_size", "step_rule", "norm", "init", "positions", "keep"):
+            for argument in (
+                "suffix_epsilon",
+                "epsilon",
+                "step_size",
+                "step_rule",
+                "norm",
+                "init",
+                "positions",
+                "keep",
+            ):
                 message = message.replace(f"`{argument}=", f"`attack_{argument}=")
             raise ValueError(message) from None
+
+    def _attack_options(self) -> dict[str, Any]:
+        """Further arguments of the attack, of a subclass's own fields."""
+        return {}
 
 
 Config = TypeVar("Config", bound=TrainingArguments)

@@ -18,6 +18,7 @@ from hf_robust.data.provenance import hash_dataset, write_training_prompts
 from hf_robust.report.card import evaluation_card, training_card
 from hf_robust.report.hub import RESULTS, explained_push, remote_card, write_card
 from hf_robust.report.report import Report, describe_environment
+from hf_robust.sites import keep_differentiable
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class CardTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's training. A report attached before is about other weights, and is dropped."""
+        keep_differentiable(self.model)
         if self._report is not None:
             logger.warning("The report attached before training is dropped: it was measured on other weights.")
         self._report, self._report_folder = None, None
@@ -302,8 +304,9 @@ def training_threat(attack: Any) -> str:
     step_unit = "× ε" if attack.step_size_relative else "embedding units"
     if attack.is_off:
         return f"none: the attack is off (ε {attack.epsilon}, {attack.steps} steps)"
+    suffix = "" if attack.suffix_epsilon is None else f" ({attack.suffix_epsilon} at random tokens behind prompts)"
     return (
-        f"ε {attack.epsilon} {unit}, norm {attack.norm}, {attack.steps} {attack.step_rule} steps of {attack.step_size} "
+        f"ε {attack.epsilon} {unit}{suffix}, norm {attack.norm}, {attack.steps} {attack.step_rule} steps of {attack.step_size} "
         f"{step_unit}, positions {attack.positions}"
     )
 

@@ -152,6 +152,19 @@ class CATTrainer(CardTrainer, SFTTrainer):
                     f"`attack_positions='user_content'`: the user's words cannot be located in rows {missing[:5]} of "
                     f"`{name}` (slow tokenizer, or a chat template that changes them). Use 'all_prompt'."
                 )
+        if self.args.attack_suffix_epsilon is not None:
+            missing = [row for row, mask in enumerate(dataset["suffix_mask"]) if mask is None]
+            if missing:
+                raise ValueError(
+                    f"`attack_suffix_epsilon={self.args.attack_suffix_epsilon!r}`: the random tokens cannot be located in rows "
+                    f"{missing[:5]} of `{name}` (slow tokenizer, or a chat template that changes them). Leave it unset."
+                )
+            if not any(any(mask) for mask in dataset["suffix_mask"]):
+                raise ValueError(
+                    f"`attack_suffix_epsilon={self.args.attack_suffix_epsilon!r}`: no row of `{name}` has random tokens behind "
+                    "its prompt. Put them there with `hf_robust.data.with_random_suffixes` (`--random_suffix_share` on the "
+                    "command line), or leave it unset."
+                )
         return dataset
 
     @property
@@ -329,6 +342,7 @@ class CATTrainer(CardTrainer, SFTTrainer):
                 attention_mask=chunk["attention_mask"][n:, :length],
                 labels=chunk["labels"][n:, :length],
                 user_mask=chunk["user_mask"][n:, :length],
+                suffix_mask=chunk["suffix_mask"][n:, :length],
             )
         delta = nn.functional.pad(found.delta, (0, 0, 0, chunk["input_ids"].shape[1] - length))
         index = LabelIndex.from_labels(chunk["labels"])

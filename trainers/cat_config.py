@@ -1,6 +1,7 @@
 """Configuration of [`CATTrainer`]."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import SFTConfig
 
@@ -30,6 +31,11 @@ class CATConfig(AttackArguments, SFTConfig):
             Share of adversarial rows among all rows of an optimizer step. The utility rows are
             `per_device_train_batch_size` a device and micro-batch, as in [`~trl.SFTTrainer`]; the adversarial rows come on
             top.
+        attack_suffix_epsilon (`float`, *optional*):
+            Radius at the random tokens that [`~hf_robust.data.with_random_suffixes`] put behind prompts, in the unit of
+            `attack_epsilon`. About 1 shows the model what a suffix attack can do, while `attack_epsilon` can stay small for
+            the words of the request, where a wide ball costs knowledge. Default: `attack_epsilon` there too. Not in the
+            paper.
         attack_batch_size (`int`, *optional*):
             Adversarial rows attacked at a time on one device, over all micro-batches of the step. The outer forward that
             follows holds twice as many rows (chosen and rejected). Default: `per_device_train_batch_size`.
@@ -58,6 +64,10 @@ class CATConfig(AttackArguments, SFTConfig):
     toward_cutoff: float = field(default=0.5, metadata={"help": "The toward loss of a row is leaky below this value."})
     adversarial_fraction: float = field(
         default=0.125, metadata={"help": "Share of adversarial rows among all rows of an optimizer step."}
+    )
+    attack_suffix_epsilon: float | None = field(
+        default=None,
+        metadata={"help": "Radius of the attack at random tokens behind prompts. Default: attack_epsilon."},
     )
     attack_batch_size: int | None = field(
         default=None,
@@ -93,3 +103,6 @@ class CATConfig(AttackArguments, SFTConfig):
         if self.attack_batch_size is not None:
             check_at_least("attack_batch_size", self.attack_batch_size, 1, "Leave it unset for the per-device batch.")
         super().__post_init__()
+
+    def _attack_options(self) -> dict[str, Any]:
+        return {"suffix_epsilon": self.attack_suffix_epsilon}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import logging
 import math
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 from trl import SFTTrainer
 
-from hf_robust.noise import POLICY_FILE, NoisePolicy, calibrate, choose_by_snr, layer_names
+from hf_robust.noise import POLICY_FILE, NoisePolicy, calibrate, choose_by_snr, layer_names, plot_policy
 from hf_robust.noise.prefix import shared_depth, shared_prefix, sharing_reason
 from hf_robust.objectives import token_nll
 from hf_robust.objectives.noise import consistency_kl, symmetric_kl, teacher_kl
@@ -29,6 +30,8 @@ from hf_robust.trainers.papers import NOISE_AUGMENTED
 from hf_robust.trainers.schedule import start_seed
 
 logger = logging.getLogger(__name__)
+
+POLICY_PLOT = "noise_policy.png"
 
 # Batches that layers and strengths are chosen on, as in the released code
 _CALIBRATION_BATCHES = {"v1": 1, "v2": 2}
@@ -141,6 +144,7 @@ class NoiseFiTTrainer(CardTrainer, SFTTrainer):
             broadcast_object_list(fields, from_process=0)
             self.noise_policy = NoisePolicy(**fields[0])
             logger.info("Noise: %s", _in_words(self.noise_policy))
+            self._plot_noise(self.noise_policy)
         self._shared_layers = 0
         if self.args.prefix_sharing:
             reason = sharing_reason(inner, self.noise_policy, self.args.layer_list)
@@ -149,6 +153,15 @@ class NoiseFiTTrainer(CardTrainer, SFTTrainer):
                 logger.info("Prefix sharing: all branches share the first %d layers.", self._shared_layers)
             else:
                 logger.warning("Prefix sharing is off: %s.", reason)
+
+    def _plot_noise(self, policy: NoisePolicy) -> None:
+        """A picture of what the policy was chosen from, beside the model, where there was a choice."""
+        if not policy.details.get("layers") or not self.is_world_process_zero():
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            logger.info("No plot of the noise policy: it needs matplotlib (`pip install 'hf_robust[plot]'`).")
+            return
+        plot_policy(policy, Path(self.args.output_dir) / POLICY_PLOT)
 
     def _new_policy(self, inner: nn.Module) -> NoisePolicy:
         args = self.args

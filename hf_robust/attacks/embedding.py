@@ -13,7 +13,7 @@ from hf_robust.attacks.generation import behavior_generators, generate
 from hf_robust.attacks.gradient import KEEPS, STEP_RULES, SearchResult, gradient_search
 from hf_robust.attacks.prompts import AttackPrompt, Prompt, check_counts, max_positions, pad_id, render_prompts
 from hf_robust.attacks.results import AttackResult
-from hf_robust.data.preferences import user_token_mask
+from hf_robust.data.user_tokens import user_token_mask
 from hf_robust.objectives import per_row_mean, token_nll
 from hf_robust.sites import EmbeddingSite, LabelIndex, check_not_reentrant, label_logits, quiet
 from hf_robust.threats import INITS, NORMS, check_at_least, check_choice, initial
@@ -34,6 +34,9 @@ class EmbeddingAttack:
     Args:
         epsilon: radius of the ball. With `epsilon_relative`, a multiple of the mean L2 norm of the embedding rows as the
             model applies them; otherwise in embedding units. 0 switches the attack off.
+        suffix_epsilon: radius at the tokens that `suffix_mask` marks, in the unit of `epsilon`; `None`: as everywhere. A small
+            ball around the prompt and a wide one around some random tokens behind it is what training against suffix attacks
+            needs. For [`perturb`] and [`search`], and for norms that bound each token by itself.
         steps: gradient steps; 0 switches the attack off.
         step_size: length of a step. Absolute by default (the change of each coordinate under `"sign"`). With
             `step_size_relative`, a share of the radius: each step then has length `step_size * radius` in `norm`.
@@ -73,6 +76,7 @@ class EmbeddingAttack:
         self,
         *,
         epsilon: float = 0.05,
+        suffix_epsilon: float | None = None,
         steps: int = 10,
         step_size: float = 1e-4,
         step_rule: str = "sign",
@@ -111,7 +115,15 @@ class EmbeddingAttack:
                 "`epsilon=inf` has no radius for `init='random'` or `step_size_relative=True` to refer to: use "
                 "`init='zero'` and an absolute `step_size`."
             )
+        if suffix_epsilon is not None:
+            check_at_least("suffix_epsilon", suffix_epsilon, 0, "Use `None` for the radius of the other tokens.")
+            if norm == "l2":
+                raise ValueError(
+                    f"`suffix_epsilon={suffix_epsilon!r}` needs a norm that bounds each token by itself, and `norm='l2'` bounds "
+                    "the prompt as a whole: use `norm='l2_token'` or `'linf'`."
+                )
         self.epsilon = float(epsilon)
+        self.suffix_epsilon = None if suffix_epsilon is None else float(suffix_epsilon)
         self.steps = int(steps)
         self.step_size = float(step_size)
         self.step_rule = step_rule
@@ -128,30 +140,42 @@ class EmbeddingAttack:
 
     @property
     def is_off(self) -> bool:
-        """Whether the attack leaves every prompt as it is (`epsilon` or `steps` 0)."""
-        return self.epsilon == 0 or self.steps == 0
+        """Whether the attack leaves every prompt as it is (no radius above 0, or `steps` 0)."""
+        return (self.epsilon == 0 and not self.suffix_epsilon) or self.steps == 0
 
     def __repr__(self) -> str:
-        shown = ("epsilon", "steps", "step_size", "step_rule", "norm", "positions", "keep")
+        shown = ["epsilon", "steps", "step_size", "step_rule", "norm", "positions", "keep"]
+        shown[1:1] = ["suffix_epsilon"] if self.suffix_epsilon is not None else []
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def site(self, model: nn.Module) -> Any:
         """Where the perturbation enters: the model's input embeddings."""
         return EmbeddingSite(model)
 
-    def radius(self, site: Any) -> torch.Tensor | float:
+    def radius(self, site: Any, suffix_mask: torch.Tensor | None = None) -> torch.Tensor | float:
         """
         Radius of the ball in embedding units.
 
         Args:
             site: the embeddings to be attacked.
+            suffix_mask: `[batch, length]` bool, where `suffix_epsilon` holds.
 
         Returns:
-            A float, or a 0-dim float32 tensor on the model's device when the radius is relative.
+            A float, or a 0-dim float32 tensor on the model's device when the radius is relative. With `suffix_epsilon`, a
+            float32 tensor `[batch, length, 1, ...]`.
         """
-        if not self.epsilon_relative or math.isinf(self.epsilon):
+        if self.suffix_epsilon is None and (math.isinf(self.epsilon) or not self.epsilon_relative):
             return self.epsilon
-        return self.epsilon * site.mean_row_norm()
+        unit = site.mean_row_norm() if self.epsilon_relative else 1.0
+        if self.suffix_epsilon is None:
+            return self.epsilon * unit
+        if suffix_mask is None:
+            raise ValueError(
+                f"`suffix_epsilon={self.suffix_epsilon!r}` needs `suffix_mask`, a [batch, length] bool tensor that marks the "
+                "tokens it holds for; pass one, or use `suffix_epsilon=None`."
+            )
+        at = suffix_mask.bool().view(*suffix_mask.shape, *[1] * len(site.shape))
+        return torch.where(at, self.suffix_epsilon, self.epsilon).float() * unit
 
     def perturb(
         self,
@@ -161,6 +185,7 @@ class EmbeddingAttack:
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor,
         user_mask: torch.Tensor | None = None,
+        suffix_mask: torch.Tensor | None = None,
         **inputs: Any,
     ) -> torch.Tensor:
         """
@@ -173,6 +198,7 @@ class EmbeddingAttack:
             attention_mask: `[batch, length]`, 1 on real tokens. Default: all ones.
             labels: `[batch, length]` int64, the ids of the target answer's tokens, -100 elsewhere.
             user_mask: `[batch, length]` bool, required by `positions="user_content"`.
+            suffix_mask: `[batch, length]` bool, required by `suffix_epsilon`.
             inputs: further inputs of the model (`position_ids`, …).
 
         Returns:
@@ -183,8 +209,9 @@ class EmbeddingAttack:
                 activations in the reentrant way.
         """
         return self.search(
-            model, input_ids=input_ids, attention_mask=attention_mask, labels=labels, user_mask=user_mask, **inputs
-        ).delta
+            model, input_ids=input_ids, attention_mask=attention_mask, labels=labels, user_mask=user_mask,
+            suffix_mask=suffix_mask, **inputs,
+        ).delta  # fmt: skip
 
     def search(
         self,
@@ -194,6 +221,7 @@ class EmbeddingAttack:
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor,
         user_mask: torch.Tensor | None = None,
+        suffix_mask: torch.Tensor | None = None,
         **inputs: Any,
     ) -> SearchResult:
         """As [`perturb`], but returns the losses and costs of the search too ([`SearchResult`])."""
@@ -205,7 +233,7 @@ class EmbeddingAttack:
 
         return self._search(
             model, site, start, None, input_ids=input_ids, attention_mask=attention_mask, labels=labels,
-            user_mask=user_mask, **inputs,
+            user_mask=user_mask, suffix_mask=suffix_mask, **inputs,
         )  # fmt: skip
 
     def _search(
@@ -219,6 +247,7 @@ class EmbeddingAttack:
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor,
         user_mask: torch.Tensor | None,
+        suffix_mask: torch.Tensor | None = None,
         **inputs: Any,
     ) -> SearchResult:
         """Search from a start `[batch, length, ..., features]` that is drawn once the radius is known."""
@@ -239,7 +268,7 @@ class EmbeddingAttack:
 
         float_mask = mask.view(*mask.shape, *[1] * len(site.shape)).float()
         with quiet(model):
-            radius = self.radius(site)
+            radius = self.radius(site, suffix_mask)
             # A share of the radius when relative, so that one number suits every width and epsilon
             step_size = self.step_size * radius if self.step_size_relative else self.step_size
             return gradient_search(

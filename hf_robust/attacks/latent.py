@@ -104,6 +104,6 @@ class LatentAttack(EmbeddingAttack):
         """Where the perturbation enters: the hidden states behind `layers`."""
         return HiddenStateSite(model, layers=self.layers, layer_list=self.layer_list)
 
-    def radius(self, site: Any) -> torch.Tensor | float:
+    def radius(self, site: Any, suffix_mask: torch.Tensor | None = None) -> torch.Tensor | float:
         """Radius of the ball in units of the hidden states: `epsilon`."""
         return self.epsilon

@@ -3,7 +3,7 @@
 from hf_robust.data.behavior import Behavior
 from hf_robust.data.behaviors_file import behaviors_digest, read_behaviors, write_behaviors
 from hf_robust.data.factual_qa import read_factual_qa
-from hf_robust.data.preferences import collate_preferences, tokenize_preferences, user_token_mask
+from hf_robust.data.preferences import collate_preferences, tokenize_preferences
 from hf_robust.data.random_suffixes import with_random_suffixes
 from hf_robust.data.readers import (
     load_preferences,
@@ -13,6 +13,8 @@ from hf_robust.data.readers import (
     read_jailbreakbench,
     split_by_behavior,
 )
+from hf_robust.data.retain_prompts import load_retain_prompts, object_names
+from hf_robust.data.user_tokens import suffix_token_mask, user_token_mask
 from hf_robust.data.xstest import read_xstest
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "behaviors_digest",
     "collate_preferences",
     "load_preferences",
+    "load_retain_prompts",
     "load_utility",
+    "object_names",
     "read_advbench",
     "read_behaviors",
     "read_factual_qa",
@@ -28,6 +32,7 @@ __all__ = [
     "read_jailbreakbench",
     "read_xstest",
     "split_by_behavior",
+    "suffix_token_mask",
     "tokenize_preferences",
     "user_token_mask",
     "with_random_suffixes",

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset, Features, List, Value
 
 from hf_robust.data.checks import SHOWN_ROWS, check_preferences, with_prompt
+from hf_robust.data.random_suffixes import SUFFIX_COLUMN
+from hf_robust.data.user_tokens import chat_ids, suffix_token_mask, user_token_mask
 from hf_robust.threats import check_choice
 
 if TYPE_CHECKING:
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
-# First and last code point of the Unicode private-use area: text that stands for nothing, so that it can mark a place.
-_PRIVATE_USE = (0xE000, 0xF8FF)
 
 
 def _tokenizer_of(processing_class: Any) -> "PreTrainedTokenizerBase":
@@ -37,111 +37,6 @@ def _common_prefix_length(ids: Sequence[int], others: Sequence[int]) -> int:
         if left != right:
             return position
     return min(len(ids), len(others))
-
-
-def _chat_ids(tokenizer: Any, messages: list[Any], **template_kwargs: Any) -> list[int]:
-    return list(
-        tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **template_kwargs)["input_ids"]
-    )
-
-
-def user_token_mask(
-    prompt: str | list[dict[str, Any]],
-    processing_class: "PreTrainedTokenizerBase",
-    *,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int] | None:
-    """
-    Which tokens of a prompt are the user's own words.
-
-    The chat template is rendered twice, plainly and with private-use characters around the content of each user
-    message, so that a word of the user that also stands in a chat marker or a system prompt is not mistaken for it.
-
-    Args:
-        prompt: text, or messages, rendered with the generation prompt as for training.
-        processing_class: the tokenizer. For messages it must be a fast one, as only these give character offsets.
-        template_kwargs: further arguments of the chat template, `tools` included.
-
-    Returns:
-        One 0 or 1 for each token of the whole prompt. 1: for text, every token that is not special (the unknown token
-        counts as the user's); for messages, every token that overlaps the content of a user message. `None` if that
-        cannot be told: a slow tokenizer, a template that alters the content, or no user token at all.
-    """
-    if isinstance(prompt, str):
-        encoding = processing_class(text=prompt, return_special_tokens_mask=True)
-        added = {i for i, token in processing_class.added_tokens_decoder.items() if getattr(token, "special", False)}
-        special = (added | set(processing_class.all_special_ids)) - {processing_class.unk_token_id}
-        pairs = zip(encoding["input_ids"], encoding["special_tokens_mask"], strict=True)
-        mask = [int(not is_special and token not in special) for token, is_special in pairs]
-        return mask if any(mask) else None
-    if not processing_class.is_fast:
-        return None
-
-    def render(messages: list[dict[str, Any]]) -> str:
-        kwargs = dict(template_kwargs or {})
-        return str(processing_class.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs))
-
-    rendered = render(prompt)
-    used = set(rendered) | set(json.dumps(prompt, ensure_ascii=False, default=str))
-    free = [chr(code) for code in range(*_PRIVATE_USE) if chr(code) not in used][:2]
-    if len(free) < 2:
-        return None
-    start, end = free
-    marked = render([_mark_user_content(message, start, end) for message in prompt])
-    if marked.replace(start, "").replace(end, "") != rendered:
-        return None
-    spans = _marked_spans(marked, start, end)
-    encoding = processing_class(rendered, add_special_tokens=False, return_offsets_mapping=True)
-    if not spans or encoding["input_ids"] != _chat_ids(
-        processing_class, prompt, add_generation_prompt=True, **(template_kwargs or {})
-    ):
-        return None
-    mask = [
-        int(any(left < span_end and right > span_start for span_start, span_end in spans))
-        for left, right in encoding["offset_mapping"]
-    ]
-    return mask if any(mask) else None
-
-
-def _mark_user_content(message: dict[str, Any], start: str, end: str) -> dict[str, Any]:
-    """The message with markers around its text, inside surrounding white space, which many templates strip."""
-    if message["role"] != "user":
-        return message
-
-    def mark(text: Any) -> Any:
-        if not isinstance(text, str) or not text.strip():
-            return text
-        core = text.strip()
-        before, after = text.split(core, 1)
-        return f"{before}{start}{core}{end}{after}"
-
-    content = message["content"]
-    if isinstance(content, list):
-        blocks = [
-            {**block, "text": mark(block.get("text"))} if isinstance(block, dict) and "text" in block else block
-            for block in content
-        ]
-        return {**message, "content": blocks}
-    return {**message, "content": mark(content)}
-
-
-def _marked_spans(marked: str, start: str, end: str) -> list[tuple[int, int]]:
-    """Character spans between the markers, counted in the text without them; empty if they do not pair up."""
-    spans: list[tuple[int, int]] = []
-    position, opened = 0, None
-    for character in marked:
-        if character == start:
-            if opened is not None:
-                return []
-            opened = position
-        elif character == end:
-            if opened is None:
-                return []
-            spans.append((opened, position))
-            opened = None
-        else:
-            position += 1
-    return spans if opened is None else []
 
 
 def without_end(ids: list[int], answer: str | list[dict[str, Any]], tokenizer: Any) -> list[int]:
@@ -178,8 +73,8 @@ def _tokenize_row(
     kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
     prompt = row["prompt"]
     if conversational:
-        prompt_ids = _chat_ids(tokenizer, prompt, add_generation_prompt=True, **kwargs)
-        chosen_ids, rejected_ids = (_chat_ids(tokenizer, prompt + row[key], **kwargs) for key in ("chosen", "rejected"))
+        prompt_ids = chat_ids(tokenizer, prompt, add_generation_prompt=True, **kwargs)
+        chosen_ids, rejected_ids = (chat_ids(tokenizer, prompt + row[key], **kwargs) for key in ("chosen", "rejected"))
     else:
         prompt_ids = list(tokenizer(text=prompt)["input_ids"])
         eos = tokenizer.eos_token
@@ -188,6 +83,10 @@ def _tokenize_row(
             for key in ("chosen", "rejected")
         )
     user_mask = user_token_mask(prompt, tokenizer, template_kwargs=kwargs)
+    suffix = (row.get(SUFFIX_COLUMN) or "") if conversational else ""
+    suffix_mask = (
+        suffix_token_mask(prompt, suffix, tokenizer, template_kwargs=kwargs) if suffix else [0] * len(prompt_ids)
+    )
     prompt_length = min(_common_prefix_length(prompt_ids, ids) for ids in (chosen_ids, rejected_ids))
     cut_off = prompt_ids[prompt_length:]
     prompt_ids = prompt_ids[:prompt_length]
@@ -195,6 +94,7 @@ def _tokenize_row(
     if not rejected_end:
         rejected_ids = without_end(rejected_ids, row["rejected"], tokenizer)
     user_mask = None if user_mask is None else user_mask[:prompt_length]
+    suffix_mask = None if suffix_mask is None else suffix_mask[:prompt_length]
 
     # What `max_length` must be for at least one label of either answer behind the prompt.
     longest = max(len(chosen_ids), len(rejected_ids))
@@ -207,6 +107,7 @@ def _tokenize_row(
         first = max(prompt_length - max(max_length - longest, 0), 0)
         prompt_ids = prompt_ids[first:]
         user_mask = None if user_mask is None else user_mask[first:]
+        suffix_mask = None if suffix_mask is None else suffix_mask[first:]
     if user_mask is not None:
         user_mask = user_mask[: len(prompt_ids)]
         user_mask = user_mask if any(user_mask) else None
@@ -221,6 +122,7 @@ def _tokenize_row(
         "chosen_ids": chosen_ids,
         "rejected_ids": rejected_ids,
         "user_mask": user_mask,
+        "suffix_mask": None if suffix_mask is None else suffix_mask[: len(prompt_ids)],
         "drop": drop,
         "needed": needed,
         "cut_off": cut_off,
@@ -256,9 +158,10 @@ def tokenize_preferences(
         name: name of the dataset's argument, for messages.
 
     Returns:
-        A dataset of four columns, each a list of integers: `prompt_ids`, `chosen_ids`, `rejected_ids`, and
-        `user_mask`, as long as `prompt_ids`, 1 on the user's own words (see [`user_token_mask`]) or `None` where they
-        cannot be told. Rows that keep no label of one answer, or no prompt, are left out with a warning.
+        A dataset of five columns, each a list of integers: `prompt_ids`, `chosen_ids`, `rejected_ids`, and, as long as
+        `prompt_ids`, `user_mask`, 1 on the user's own words (see [`user_token_mask`]), and `suffix_mask`, 1 on what
+        [`with_random_suffixes`] put behind them; either is `None` where that cannot be told. Rows that keep no label of one
+        answer, or no prompt, are left out with a warning.
 
     Raises:
         TypeError: if `dataset` is not a map-style dataset or `processing_class` not a tokenizer.
@@ -280,7 +183,7 @@ def tokenize_preferences(
             "`eos_token=None`. Set `processing_class.eos_token`."
         )
     ids = List(Value("int64"))
-    columns = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "user_mask": ids}
+    columns = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "user_mask": ids, "suffix_mask": ids}
     notes = {"drop": Value("string"), "needed": Value("int64"), "cut_off": ids}
     tokenized = dataset.with_format(None).map(
         _tokenize_row,
@@ -355,6 +258,7 @@ def collate_preferences(
         - `labels` `[2n, T]` int64, the answer's token ids, -100 on prompt and padding
         - `prompt_mask` `[2n, T]` bool, the prompt's tokens
         - `user_mask` `[2n, T]` bool, the user's own words in it; False throughout where the row's `user_mask` is `None`
+        - `suffix_mask` `[2n, T]` bool, the random tokens behind them, in the same way
 
     Raises:
         ValueError: if there is no row.
@@ -372,6 +276,7 @@ def collate_preferences(
         "labels": torch.full(shape, -100, dtype=torch.long),
         "prompt_mask": torch.zeros(shape, dtype=torch.bool),
         "user_mask": torch.zeros(shape, dtype=torch.bool),
+        "suffix_mask": torch.zeros(shape, dtype=torch.bool),
     }
     for index, (row, answer) in enumerate(pairs):
         start = len(row["prompt_ids"])
@@ -380,6 +285,7 @@ def collate_preferences(
         batch["attention_mask"][index, :end] = 1
         batch["labels"][index, start:end] = torch.tensor(answer)
         batch["prompt_mask"][index, :start] = True
-        if row.get("user_mask") is not None:
-            batch["user_mask"][index, :start] = torch.tensor(row["user_mask"], dtype=torch.bool)
+        for name in ("user_mask", "suffix_mask"):
+            if row.get(name) is not None:
+                batch[name][index, :start] = torch.tensor(row[name], dtype=torch.bool)
     return batch

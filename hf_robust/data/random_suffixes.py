@@ -2,10 +2,13 @@
 
 import random
 
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_robust.data.vocabulary import allowed_token_ids
+
+# Column that holds a row's suffix as text, empty where it has none
+SUFFIX_COLUMN = "random_suffix"
 
 
 def with_random_suffixes(
@@ -35,7 +38,8 @@ def with_random_suffixes(
         seed: of the choice of rows, lengths and tokens.
 
     Returns:
-        The rows in their order, with the other columns as they were.
+        The rows in their order, with the other columns as they were, and the suffix in the column `random_suffix` (empty
+        where there is none), by which a trainer finds its tokens.
 
     Raises:
         ValueError: `share` outside [0, 1], `min_tokens` and `max_tokens` out of order, or a plain text prompt, in which
@@ -58,13 +62,15 @@ def with_random_suffixes(
                 "would go: give conversational rows, or `share=0`."
             )
         if draw.random() >= share:
-            return row
-        suffix = tokenizer.decode([draw.choice(words) for _ in range(draw.randint(min_tokens, max_tokens))])
+            return {**row, SUFFIX_COLUMN: ""}
+        suffix = tokenizer.decode([draw.choice(words) for _ in range(draw.randint(min_tokens, max_tokens))]).strip()
         messages = [dict(message) for message in prompt]
         last = max(place for place, message in enumerate(messages) if message["role"] == "user")
-        messages[last]["content"] = f"{messages[last]['content'].rstrip()} {suffix.strip()}"
-        return {**row, column: messages}
+        messages[last]["content"] = f"{messages[last]['content'].rstrip()} {suffix}"
+        return {**row, column: messages, SUFFIX_COLUMN: suffix}
 
     # Drawn anew in every process: the cache of `datasets` would not see the generator's state
     rows = [add(row, index) for index, row in enumerate(dataset)] if share > 0 else None
-    return dataset if rows is None else Dataset.from_list(rows, features=dataset.features)
+    if rows is None:
+        return dataset
+    return Dataset.from_list(rows, features=Features({**dataset.features, SUFFIX_COLUMN: Value("string")}))

@@ -3,7 +3,7 @@
 from hf_robust.sites.embeddings import EmbeddingSite
 from hf_robust.sites.hidden_states import HiddenStateSite, decoder_layers, record_hidden_states
 from hf_robust.sites.label_head import LabelIndex, label_logits
-from hf_robust.sites.quiet import check_not_reentrant, quiet
+from hf_robust.sites.quiet import check_not_reentrant, keep_differentiable, quiet
 
 __all__ = [
     "EmbeddingSite",
@@ -11,6 +11,7 @@ __all__ = [
     "LabelIndex",
     "check_not_reentrant",
     "decoder_layers",
+    "keep_differentiable",
     "label_logits",
     "quiet",
     "record_hidden_states",

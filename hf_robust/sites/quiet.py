@@ -23,6 +23,24 @@ def check_not_reentrant(model: nn.Module) -> None:
                 )
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """
+    Keep bitsandbytes' 4-bit layers on a CPU in a form that gradients pass through.
+
+    Where the CPU has AVX512-BF16, bitsandbytes (0.50) repacks a layer's weight in its first forward in evaluation mode, for a
+    kernel that has no backward: every later gradient would silently stop there, in plain training too. The repacking is
+    switched off, and undone where it has happened. To be removed once that kernel has a backward.
+
+    Args:
+        model: any module; without such layers nothing changes.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # puts the weight back into the form that it is saved in
+
+
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """
@@ -30,10 +48,11 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
     `model.eval()` would also switch activation checkpointing off and raise the peak memory of an attack, so the mode is
     lowered module by module: a module that checkpoints keeps its mode and has its dropout rates set to 0 instead.
-    Everything is put back on exit, also after an error.
+    Everything is put back on exit, also after an error. 4-bit layers on a CPU are kept differentiable for good, see
+    [`keep_differentiable`].
 
     Args:
-        model: any module; in evaluation mode nothing changes.
+        model: any module; in evaluation mode nothing else changes.
     """
     changed: list[tuple[nn.Module, str, object]] = []
 
@@ -41,6 +60,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
         changed.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
+    keep_differentiable(model)
     try:
         for module in model.modules():
             if not module.training:
