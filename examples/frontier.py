@@ -2,7 +2,7 @@
 The frontier of robustness against utility and forgetting on the chat testbed: one CAT run for each recipe and seed, the same
 attacks on each, a table and a plot.
 
-    python examples/frontier.py [--seeds 0 1 2] [--recipes default "epsilon 0.05" …] [--output_dir runs/frontier]
+    python examples/frontier.py [--seeds 0 1 2] [--recipes default "attention only" …] [--output_dir runs/frontier]
 
 Finished runs are kept in OUTPUT_DIR/runs.jsonl and not repeated.
 """
@@ -31,13 +31,14 @@ from hf_robust.trainers import CATTrainer
 # (harmful, harmless) training prompts that random words follow
 RECIPES: dict[str, dict] = {
     "default": {},
-    "no attack": {"attack_epsilon": 0.0},
-    "no random words": {"suffixes": (0.0, 0.0)},
+    "no attack": {"attack_steps": 0},
+    "no random words": {"suffixes": (0.0, 0.0), "attack_suffix_epsilon": None},
     "random words on harmful rows only": {"suffixes": (SUFFIX_SHARE, 0.0)},
     "no representation term": {"utility_representation_weight": 0.0},
     "no KL": {"utility_kl_weight": 0.0},
     "attention only": {"lora": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
-    "epsilon 0.1": {"attack_epsilon": 0.1},
+    "one radius, 0.1": {"attack_suffix_epsilon": None},
+    "one radius, 0.2": {"attack_suffix_epsilon": None, "attack_epsilon": 0.2},
     "prefix only": {"steps": False},
     "paper's losses": {
         "toward_weight": 0.5,
@@ -46,7 +47,8 @@ RECIPES: dict[str, dict] = {
         "utility_kl_weight": 0.0,
         "utility_representation_weight": 0.0,
     },
-    "epsilon 0.3": {"attack_epsilon": 0.3},
+    "radius 0.05 and 1": {"attack_epsilon": 0.05},
+    "radius 0.1 and 2": {"attack_suffix_epsilon": 2.0},
     "toward weight 0.5": {"toward_weight": 0.5},
     "learning rate 1e-3": {"learning_rate": 1e-3},
     "half the steps": {"max_steps": "half"},

@@ -5,32 +5,48 @@ The trainers are loaded on first use, so that ``import hf_robust`` imports neith
 
 from typing import TYPE_CHECKING, Any
 
+from hf_robust.late_registration import after_import
+
 if TYPE_CHECKING:
     from hf_robust.trainers import (
+        AdvUnlearnConfig,
+        AdvUnlearnTrainer,
         CAPOConfig,
         CAPOTrainer,
         CATConfig,
         CATTrainer,
+        DiffusionConfig,
+        DiffusionTrainer,
         NoiseFiTConfig,
         NoiseFiTTrainer,
         RobustnessCallback,
     )
+    from hf_robust.tuners import SaraConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdvUnlearnConfig",
+    "AdvUnlearnTrainer",
     "CAPOConfig",
     "CAPOTrainer",
     "CATConfig",
     "CATTrainer",
+    "DiffusionConfig",
+    "DiffusionTrainer",
     "NoiseFiTConfig",
     "NoiseFiTTrainer",
     "RobustnessCallback",
+    "SaraConfig",
     "__version__",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "SaraConfig":
+        from hf_robust.tuners import SaraConfig
+
+        return SaraConfig
     if name in __all__:
         from hf_robust import trainers
 
@@ -40,3 +56,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _register_adapters() -> None:
+    from hf_robust import tuners as tuners
+
+
+# PEFT is to know our adapters (`PeftModel.from_pretrained`) without being imported before anybody needs it
+after_import("peft", _register_adapters)

@@ -74,6 +74,28 @@ def project(delta: torch.Tensor, radius: torch.Tensor | float, norm: str) -> tor
     return torch.where(norms > radius, delta * scale, delta)
 
 
+def project_simplex(values: torch.Tensor) -> torch.Tensor:
+    """
+    Nearest point (in L2) of the probability simplex: entries at least 0 that sum to 1.
+
+    The exact solution by sorting: entries above a threshold are lowered by it, the others become 0, and the threshold is
+    the one that makes the sum 1.
+
+    Args:
+        values: `[..., size]`; each vector along the last dimension is projected by itself.
+
+    Returns:
+        Tensor of the shape of `values`.
+    """
+    ordered = values.sort(dim=-1, descending=True).values
+    excess = ordered.cumsum(dim=-1) - 1
+    count = torch.arange(1, values.shape[-1] + 1, device=values.device, dtype=values.dtype)
+    # The entries that stay positive are a prefix of the order: the largest k with ordered[k] > excess[k] / k
+    kept = (ordered * count > excess).sum(dim=-1, keepdim=True).clamp(min=1)
+    threshold = excess.gather(-1, kept - 1) / kept
+    return (values - threshold).clamp(min=0)
+
+
 def unit(direction: torch.Tensor, norm: str) -> torch.Tensor:
     """
     Rescale a direction to length 1 in the given norm (zero stays zero), so that a step size can be a share of the radius.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_robust.attacks.gradient import KEEPS, STEP_RULES, StepRule, gradient_search
-from hf_robust.threats import NORMS
+from hf_robust.threats import NORMS, project_simplex
 
 
 def bowl(target: torch.Tensor):
@@ -212,3 +212,41 @@ def test_small_float16_gradients_do_not_vanish():
 
     result = search(loss_fn, ZERO, steps=1)
     torch.testing.assert_close(result.delta, ZERO - 0.1)
+
+
+def test_a_projection_of_the_callers_own_replaces_the_ball():
+    seen = []
+
+    def loss_fn(delta):
+        seen.append(delta.detach())
+        return bowl(torch.tensor([[[2.0, 0.0]], [[0.6, 0.4]]]))(delta)
+
+    # Row 0 heads for the corner (1, 0), row 1 for a point of the simplex; the radius of 0 bounds nothing
+    result = search(loss_fn, ZERO + 0.5, projection=project_simplex, radius=0.0, step_size=0.02, steps=60)
+    for delta in (*seen, result.delta):
+        assert (delta >= 0).all()
+        torch.testing.assert_close(delta.sum(-1), torch.ones(2, 1))
+    torch.testing.assert_close(result.delta, torch.tensor([[[1.0, 0.0]], [[0.6, 0.4]]]), atol=0.021, rtol=0)
+
+
+@pytest.mark.parametrize("rule, optimizer", [("adam", torch.optim.Adam), ("rmsprop", torch.optim.RMSprop)])
+def test_weight_decay_and_moments_that_go_on_are_those_of_pytorch(rule, optimizer):
+    weights = torch.tensor([3.0, 0.1]).view(1, 1, 2)
+
+    def loss_fn(delta):
+        return (weights[: len(delta)] * (delta - TARGET[-len(delta) :]).square()).flatten(1).sum(1), None
+
+    ours = StepRule(rule, "l2_token", unit_length=False, weight_decay=0.3)
+    first = search(loss_fn, ZERO + 0.5, steps=4, step_rule=ours)
+    expected = (ZERO + 0.5).requires_grad_()
+    optimize = optimizer([expected], lr=0.1, weight_decay=0.3)
+    for step in range(7):
+        if step == 4:
+            torch.testing.assert_close(first.delta, expected.detach(), rtol=1e-5, atol=1e-6)
+        optimize.zero_grad()
+        loss_fn(expected)[0].sum().backward()
+        optimize.step()
+    # The second search goes on with row 1 alone
+    ours.select(torch.tensor([False, True]))
+    second = search(loss_fn, first.delta[1:], steps=3, step_rule=ours)
+    torch.testing.assert_close(second.delta, expected.detach()[1:], rtol=1e-5, atol=1e-6)

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hf_robust.threats import INITS, NORMS, check_at_least, check_choice, initial, project, unit
+from hf_robust.threats import INITS, NORMS, check_at_least, check_choice, initial, project, project_simplex, unit
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -203,3 +205,46 @@ def test_check_at_least_refuses(value):
 @pytest.mark.parametrize("value", [0, 0.0, 1, 2.5])
 def test_check_at_least_accepts(value):
     check_at_least("steps", value, 0, "")
+
+
+# the probability simplex
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        # Inside: unchanged. All lowered by (0.9 + 0.5 - 1) / 2 = 0.2, the third would be negative and is dropped.
+        ([0.2, 0.3, 0.5], [0.2, 0.3, 0.5]),
+        ([0.9, 0.5, 0.1], [0.7, 0.3, 0.0]),
+        # One corner; a tie; a sum below 1 is shared out
+        ([5.0, 1.0, -3.0], [1.0, 0.0, 0.0]),
+        ([2.0, 2.0, 0.0], [0.5, 0.5, 0.0]),
+        ([0.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]),
+        ([-4.0, -4.0, -4.4], [7.0 / 15, 7.0 / 15, 1.0 / 15]),  # all kept: threshold (-12.4 - 1) / 3
+    ],
+)
+def test_simplex_projection_by_hand(values, expected):
+    torch.testing.assert_close(project_simplex(torch.tensor(values)), torch.tensor(expected))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=12), st.integers(0, 1000))
+def test_the_simplex_projection_is_the_nearest_point(values, seed):
+    point = torch.tensor(values, dtype=torch.float64)
+    nearest = project_simplex(point)
+    assert (nearest >= 0).all() and nearest.sum().item() == pytest.approx(1, abs=1e-9)
+    torch.testing.assert_close(project_simplex(nearest), nearest)
+    # For a convex set: no other point of it lies on the far side, <point - nearest, other - nearest> <= 0
+    others = torch.rand(50, len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+    others = torch.cat([others / others.sum(-1, keepdim=True), torch.eye(len(values), dtype=torch.float64)])
+    assert ((others - nearest) @ (point - nearest)).max() <= 1e-9
+    # Adding a constant changes nothing
+    torch.testing.assert_close(project_simplex(point + 3.5), nearest, atol=1e-9, rtol=0)
+
+
+def test_the_simplex_projection_takes_each_vector_by_itself():
+    values = noise(3, 4, 50)
+    projected = project_simplex(values)
+    assert projected.shape == values.shape and projected.dtype == values.dtype
+    torch.testing.assert_close(projected[1, 2], project_simplex(values[1, 2]))
+    torch.testing.assert_close(projected.sum(-1), torch.ones(3, 4))

@@ -1,17 +1,25 @@
 """Trainers: one for each family of methods, importable from `hf_robust` and `hf_robust.trainers`."""
 
+from hf_robust.trainers.advunlearn import AdvUnlearnTrainer
+from hf_robust.trainers.advunlearn_config import AdvUnlearnConfig
 from hf_robust.trainers.capo import CAPOConfig, CAPOTrainer
 from hf_robust.trainers.cat import CATTrainer
 from hf_robust.trainers.cat_config import CATConfig
+from hf_robust.trainers.diffusion import DiffusionTrainer
+from hf_robust.trainers.diffusion_config import DiffusionConfig
 from hf_robust.trainers.noisefit import NoiseFiTTrainer
 from hf_robust.trainers.noisefit_config import NoiseFiTConfig
 from hf_robust.trainers.robustness_callback import RobustnessCallback
 
 __all__ = [
+    "AdvUnlearnConfig",
+    "AdvUnlearnTrainer",
     "CAPOConfig",
     "CAPOTrainer",
     "CATConfig",
     "CATTrainer",
+    "DiffusionConfig",
+    "DiffusionTrainer",
     "NoiseFiTConfig",
     "NoiseFiTTrainer",
     "RobustnessCallback",

@@ -1,5 +1,8 @@
 """Searches for a perturbation; the same call in training and in evaluation."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from hf_robust.attacks.beast import BEAST
 from hf_robust.attacks.best_of_n import BestOfN
 from hf_robust.attacks.budget import Budget
@@ -19,28 +22,66 @@ from hf_robust.attacks.suffix import EmbeddingSuffixAttack
 from hf_robust.attacks.transfer import TransferAttack
 from hf_robust.attacks.universal import UniversalGCG
 
+if TYPE_CHECKING:
+    from hf_robust.attacks.diffusion import (
+        DIFFUSION_ATTACKS,
+        P4D,
+        ConceptInversion,
+        EmptyPrompt,
+        NoAttack,
+        PromptEmbeddingPGD,
+        RandomPrefix,
+        UnlearnDiffAtk,
+    )
+
+# Loaded on first use: they stand on hf_robust.diffusion, of no use without diffusers
+_DIFFUSION = (
+    "DIFFUSION_ATTACKS",
+    "P4D",
+    "ConceptInversion",
+    "EmptyPrompt",
+    "NoAttack",
+    "PromptEmbeddingPGD",
+    "RandomPrefix",
+    "UnlearnDiffAtk",
+)
+
 __all__ = [
     "ATTACKS",
     "BEAST",
+    "DIFFUSION_ATTACKS",
     "GCG",
+    "P4D",
     "PAIR",
     "AttackResult",
     "BestOfN",
     "Budget",
     "Completion",
+    "ConceptInversion",
     "EmbeddingAttack",
     "EmbeddingSuffixAttack",
+    "EmptyPrompt",
     "LatentAttack",
+    "NoAttack",
     "PlainPrompt",
     "Prefilling",
     "ProbeSampling",
+    "PromptEmbeddingPGD",
+    "RandomPrefix",
     "RandomSearch",
     "SearchResult",
     "SoftPromptAttack",
     "TransferAttack",
     "UniversalGCG",
+    "UnlearnDiffAtk",
     "attack_settings",
     "build_attack",
     "generate",
     "gradient_search",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DIFFUSION:
+        return getattr(importlib.import_module("hf_robust.attacks.diffusion"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -71,6 +71,7 @@ class EmbeddingAttack:
     """
 
     needs_target = True
+    suffix_epsilon: float | None = None
 
     def __init__(
         self,

@@ -71,10 +71,12 @@ class StepRule:
             PyTorch's optimizers.
         norm: norm of the threat model.
         unit_length: rescale the direction to length 1 in `norm`, so that the step size is a length.
+        weight_decay: multiple of the variable that is added to its gradient before the rule applies, as `weight_decay` of
+            `torch.optim.Adam` and `RMSprop`.
     """
 
-    def __init__(self, name: str, norm: str, *, unit_length: bool):
-        self.name, self.norm, self.unit_length = name, norm, unit_length
+    def __init__(self, name: str, norm: str, *, unit_length: bool, weight_decay: float = 0.0):
+        self.name, self.norm, self.unit_length, self.weight_decay = name, norm, unit_length, weight_decay
         self.mean: torch.Tensor | None = None
         self.square: torch.Tensor | None = None
         self.count = 0
@@ -93,6 +95,16 @@ class StepRule:
         else:
             direction = self._adaptive(grad)
         return unit(direction, self.norm) if self.unit_length else direction
+
+    def select(self, rows: torch.Tensor) -> None:
+        """
+        Keep the moments of some rows, for a search that goes on with these only.
+
+        Args:
+            rows: indices `[kept]` or mask `[batch]`.
+        """
+        self.mean = None if self.mean is None else self.mean[rows]
+        self.square = None if self.square is None else self.square[rows]
 
     def _adaptive(self, grad: torch.Tensor) -> torch.Tensor:
         zeros = torch.zeros_like(grad)
@@ -115,11 +127,13 @@ def gradient_search(
     norm: str,
     steps: int,
     step_size: torch.Tensor | float,
-    step_rule: str,
+    step_rule: str | StepRule,
     unit_length: bool = False,
     keep: str = "best",
+    accumulate: bool = False,
     stop_on_hit: bool = False,
     budget: Budget | None = None,
+    projection: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> SearchResult:
     """
     Minimise a per-row loss over a ball by projected gradient steps.
@@ -137,21 +151,27 @@ def gradient_search(
         norm: norm of the ball.
         steps: number of gradient steps; 0 evaluates nothing.
         step_size: length of a step, in the units of `delta`.
-        step_rule: one of [`STEP_RULES`].
+        step_rule: one of [`STEP_RULES`]; or a [`StepRule`], whose moments go on where an earlier search of the same rows
+            left them (its own `norm` and `unit_length` hold).
         unit_length: whether directions are rescaled to length 1 in `norm` before `step_size` applies.
         keep: `"best"` returns the perturbation of lowest loss of each row (one forward more); `"last"` the final one.
+        accumulate: step along the sum of all gradients so far instead of the last one: what a loop does that never clears
+            its gradient.
         stop_on_hit: leave the loop once every row (on every process) has reached its goal. Costs one wait a step.
         budget: what each row may spend. Forwards and backwards bound the number of steps beforehand, the forward of
             `keep="best"` included; seconds are looked at before each step, which costs one wait a step.
+        projection: takes the perturbation after a step and returns its nearest allowed point, each row by itself, for a
+            set that is no ball (`radius` and `norm` then bound nothing). Default: [`~hf_robust.threats.project`].
 
     Returns:
         [`SearchResult`].
     """
-    rule = StepRule(step_rule, norm, unit_length=unit_length)
+    rule = step_rule if isinstance(step_rule, StepRule) else StepRule(step_rule, norm, unit_length=unit_length)
     batch = delta.shape[0]
     per_row = (batch, *[1] * (delta.dim() - 1))
     best = safe = delta.detach()
     best_loss = torch.full((batch,), math.inf, device=delta.device)
+    gradients = torch.zeros_like(delta) if accumulate else None
     active = torch.ones(batch, dtype=torch.bool, device=delta.device)
     non_finite = torch.zeros_like(active)
     hit = torch.zeros_like(active)
@@ -201,7 +221,12 @@ def gradient_search(
             non_finite = non_finite | (~grad_finite & active)
             active = active & grad_finite
             grad = torch.where(active.view(per_row), grad, torch.zeros_like(grad))
-            moved = project(safe - step_size * rule(grad * mask) * mask, radius, norm)
+            if gradients is not None:
+                grad = gradients = gradients + grad
+            if rule.weight_decay:
+                grad = grad + rule.weight_decay * safe
+            moved = safe - step_size * rule(grad * mask) * mask
+            moved = project(moved, radius, norm) if projection is None else projection(moved)
             delta = torch.where(active.view(per_row), moved, safe)
         if stop_on_hit and not _any_process(active):
             exhausted = False

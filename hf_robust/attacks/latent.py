@@ -96,8 +96,8 @@ class LatentAttack(EmbeddingAttack):
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
-        # There is no embedding table to measure a radius by
-        del self.epsilon_relative
+        # There is no embedding table to measure a radius by, and there are no tokens of its own
+        del self.epsilon_relative, self.suffix_epsilon
         self.layers, self.layer_list = layers, layer_list
 
     def site(self, model: nn.Module) -> Any:

@@ -51,8 +51,13 @@ def attack_settings(name: str) -> dict[str, Any]:
     Raises:
         ValueError: the name is unknown; the message has the nearest.
     """
-    check_choice("attack", name, list(ATTACKS))
-    parameters = list(inspect.signature(ATTACKS[name]).parameters.values())
+    return settings_of(ATTACKS, name)
+
+
+def settings_of(attacks: Mapping[str, type], name: str) -> dict[str, Any]:
+    """[`attack_settings`] of the attacks of another table."""
+    check_choice("attack", name, list(attacks))
+    parameters = list(inspect.signature(attacks[name]).parameters.values())
     return {parameter.name: parameter.default for parameter in parameters}
 
 
@@ -74,7 +79,12 @@ def build_attack(name: str, **settings: Any) -> Any:
     >>> build_attack("gcg", num_steps=100)
     ```
     """
-    known = attack_settings(name)
+    return build_from(ATTACKS, name, settings)
+
+
+def build_from(attacks: Mapping[str, type], name: str, settings: Mapping[str, Any]) -> Any:
+    """[`build_attack`] from another table of attacks."""
+    known = settings_of(attacks, name)
     for setting in settings:
         if setting not in known:
             near = difflib.get_close_matches(setting, known, n=1, cutoff=0.4)
@@ -86,11 +96,11 @@ def build_attack(name: str, **settings: Any) -> Any:
     if missing:
         raise ValueError(
             f"`attack={name!r}` needs {', '.join(f'`{key}`' for key in missing)}: pass it to `build_attack`, or build "
-            f"`{ATTACKS[name].__name__}` in Python."
+            f"`{attacks[name].__name__}` in Python."
         )
     if isinstance(settings.get("budget"), Mapping):
         bounds = settings["budget"]
         for bound in bounds:
             check_choice("budget", bound, ["forwards", "backwards", "seconds"])
-        settings["budget"] = Budget(**bounds)
-    return ATTACKS[name](**settings)
+        settings = {**settings, "budget": Budget(**bounds)}
+    return attacks[name](**settings)

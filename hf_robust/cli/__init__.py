@@ -13,6 +13,8 @@ _COMMANDS = {
     "cat": ("cat", "continuous adversarial training (CATTrainer)"),
     "capo": ("capo", "continuous adversarial preference optimisation (CAPOTrainer)"),
     "noisefit": ("noisefit", "noise-augmented fine-tuning (NoiseFiTTrainer)"),
+    "diffusion": ("diffusion", "fine-tuning of diffusion pipelines, plain, noisy or adversarial (DiffusionTrainer)"),
+    "advunlearn": ("advunlearn", "erase concepts from a Stable Diffusion pipeline (AdvUnlearnTrainer)"),
     "evaluate": ("evaluate", "attack a model, judge what comes out: table, report, plots and model card"),
     "verify": ("verify", "measure again what a model card claims"),
     "compare": ("compare", "lay two reports side by side"),

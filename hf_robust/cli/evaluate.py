@@ -22,7 +22,8 @@ class EvaluateArguments:
 
     Parameters:
         model_name_or_path (`str`):
-            Folder or Hub id of a causal language model, or of an adapter that names its base.
+            Folder or Hub id of a causal language model, or of an adapter that names its base. With a diffusion pipeline the
+            options are others: `hf-robust evaluate --model_name_or_path PIPELINE --help`.
         behaviors (`str`):
             Requests to attack: a CSV of HarmBench, AdvBench or JailbreakBench, or JSONL with `prompt`, `target`, and
             optionally `id`, `category`, `answer`.
@@ -74,7 +75,9 @@ class EvaluateArguments:
             No progress bar.
     """
 
-    model_name_or_path: str = field(default="", metadata={"help": "Folder or Hub id of a causal language model."})
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Causal language model. With a diffusion pipeline, `--help` lists other options."}
+    )
     behaviors: str = field(
         default="", metadata={"help": "Requests to attack: HarmBench, AdvBench or JailbreakBench CSV, or JSONL."}
     )
@@ -135,7 +138,7 @@ class EvaluateArguments:
         # A list, too: from a YAML configuration
         wanted = self.attacks.split(",") if isinstance(self.attacks, str) else self.attacks
         names = list(dict.fromkeys(str(name).strip() for name in wanted if str(name).strip()))
-        settings = _read_settings(self.attack_settings)
+        settings = read_settings(self.attack_settings)
         for name in settings:
             check_choice("--attack_settings", name, names)
         bounds = {name: getattr(self, f"budget_{name}") for name in ("forwards", "backwards", "seconds")}
@@ -153,8 +156,17 @@ class EvaluateArguments:
         return attacks
 
 
-def _read_settings(source: Any) -> dict[str, dict[str, Any]]:
-    """Settings by attack, from a file or, in a YAML configuration, written out."""
+def read_settings(source: Any) -> dict[str, dict[str, Any]]:
+    """
+    Settings by attack.
+
+    Args:
+        source: a YAML or JSON file, the settings themselves (written out in a YAML configuration), or `None`.
+
+    Raises:
+        ValueError: no mapping of settings for each attack.
+        OSError: the file cannot be read.
+    """
     if source is None:
         return {}
     content = source
@@ -176,7 +188,8 @@ def _read_settings(source: Any) -> dict[str, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """
-    Evaluate a model with [`~hf_robust.report.evaluate_robustness`].
+    Evaluate a model with [`~hf_robust.report.evaluate_robustness`]; a diffusion pipeline (a folder with `model_index.json`,
+    or any model with `--prompts`) is handed over to [`hf_robust.cli.evaluate_diffusion`], which has options of its own.
 
     Args:
         arguments: command line after `hf-robust evaluate`.
@@ -184,6 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 2 where the options, files or folder do not allow an evaluation; 130 after an interruption.
     """
+    from hf_robust.cli import evaluate_diffusion
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if evaluate_diffusion.is_wanted(arguments):
+        return evaluate_diffusion.main(arguments)
     parser = TrlParser((EvaluateArguments,), prog="hf-robust evaluate")
     (options,) = parser.parse_args_and_config(args=arguments, fail_with_unknown_args=True)
     try:
@@ -200,8 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _evaluate(options: EvaluateArguments, attacks: dict[str, Any]) -> None:
     from hf_robust.data.behaviors_file import read_behaviors
-    from hf_robust.report import evaluate_robustness, evaluation_card, format_table, plot_evaluation
-    from hf_robust.report.hub import write_card
+    from hf_robust.report import evaluate_robustness
 
     tokenizer = load_tokenizer(options)
     chat = getattr(tokenizer, "chat_template", None) is not None
@@ -229,16 +246,32 @@ def _evaluate(options: EvaluateArguments, attacks: dict[str, Any]) -> None:
         training_hashes=_training_hashes(options),
         progress=not options.no_progress,
     )
+    show(report, folder, peft=options.adapter is not None)
+
+
+def show(report: Any, folder: Path, *, peft: bool = False, pictures: Sequence[Path] = ()) -> None:
+    """
+    Write the plots and the card of a report, and print its table and flags.
+
+    Args:
+        report: of an evaluation.
+        folder: its output folder.
+        peft: whether the model is an adapter.
+        pictures: further pictures in the folder that the card shows.
+    """
+    from hf_robust.report import evaluation_card, format_table, plot_evaluation
+    from hf_robust.report.hub import write_card
+
     plots: list[Path] = []
     try:
         plots = plot_evaluation(report, folder)
     except ImportError as error:
         print(f"No plots: {error}", file=sys.stderr)
-    card = write_card(folder, evaluation_card(report, plots=plots, peft=options.adapter is not None))
+    card = write_card(folder, evaluation_card(report, plots=[*plots, *pictures], peft=peft))
     print(f"\n{format_table(report)}\n")
     for flag in report.flags:
         print(f"Flag {flag.code}: {flag.message} {flag.remedy}")
-    files = ["report.json", "behaviors.jsonl", card.name, *(plot.name for plot in plots)]
+    files = ["report.json", "behaviors.jsonl", card.name, *(plot.name for plot in [*plots, *pictures])]
     print(f"Written to {folder}/: {', '.join(files)}.")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -16,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--behaviors", metavar="FILE", help="The attacked behaviours (default: behaviors.jsonl there).")
     parser.add_argument("--limit", type=int, metavar="N", help="The first N prompts only: faster, wider intervals.")
     parser.add_argument("--model_name_or_path", help="Model to measure, where the card lies apart from it.")
-    parser.add_argument("--base_model", help="Base of an adapter, where it has moved.")
+    parser.add_argument("--base_model", help="Base of an adapter, or an erased pipeline's original.")
     parser.add_argument("--judge", help="The card's judge, where it is a classifier: folder or Hub id.")
     parser.add_argument("--judge_positive", default="1", help="The classifier's label that means success.")
     parser.add_argument("--revision", help="Revision of the Hub repository.")
@@ -25,6 +26,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no_progress", action="store_true", help="No progress bar.")
     return parser
+
+
+def _load_judge(options: argparse.Namespace) -> Any:
+    """The classifier of `--judge`: of pictures where the card is about a model that draws."""
+    from hf_robust.report.claims import ModelFiles, read_claims
+
+    claims = read_claims(ModelFiles(options.model, options.revision))
+    if any(claim.args.get("task") == "text-to-image" for claim in claims):
+        from hf_robust.metrics.image_judges import ImageJudge
+
+        return ImageJudge(options.judge, label=options.judge_positive)
+    from hf_robust.cli.evaluate import EvaluateArguments, load_judge
+
+    return load_judge(EvaluateArguments(judge=options.judge, judge_positive=options.judge_positive))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,9 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         judge = None
         if options.judge is not None:
-            from hf_robust.cli.evaluate import EvaluateArguments, load_judge
-
-            judge = load_judge(EvaluateArguments(judge=options.judge, judge_positive=options.judge_positive))
+            judge = _load_judge(options)
         checks = verify(
             options.model,
             behaviors=options.behaviors,

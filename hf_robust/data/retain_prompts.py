@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ def load_retain_prompts(
         names = [name for name in object_names() if not words & _words(name)]
         prompts = [TEMPLATE.format(name) for name in names]
     else:
-        prompts = _read(Path(source)) if isinstance(source, str) else list(source)
+        prompts = read_prompts(source, "retain_prompts") if isinstance(source, str) else list(source)
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"`retain_prompts={source!r}` holds something that is no string: give one prompt each.")
         prompts = list(dict.fromkeys(prompt.strip() for prompt in prompts if prompt.strip()))
@@ -92,26 +93,36 @@ def _words(text: str) -> set[str]:
     return {word[:-1] if len(word) > 3 and word.endswith("s") else word for word in found} - _IDLE
 
 
-def _read(path: Path) -> list[str]:
+def read_prompts(file: str, argument: str) -> list[Any]:
+    """
+    Prompts of a `.txt` (one a line), `.json` (a list) or `.csv` (a column `prompt`) file; empty lines too.
+
+    Args:
+        file: its path.
+        argument: what it was given as, for messages.
+
+    Raises:
+        ValueError: no list, or no column `prompt`.
+        FileNotFoundError: no such file.
+    """
+    path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(
-            f"`retain_prompts={str(path)!r}` is neither a file nor {OBJECTS!r}: give a .txt, .json or .csv file, a list of "
-            "prompts, or the name of the built-in ones."
+            f"`{argument}={file!r}` is no file: give a .txt, .json or .csv file, a list of prompts, or, of what is to be kept, "
+            f"{OBJECTS!r}."
         )
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
         rows = json.loads(text)
         if not isinstance(rows, list):
-            raise ValueError(
-                f"`retain_prompts={str(path)!r}` must hold a list of prompts, not a {type(rows).__name__}."
-            )
+            raise ValueError(f"`{argument}={file!r}` must hold a list of prompts, not a {type(rows).__name__}.")
         return [row.get("prompt") if isinstance(row, dict) else row for row in rows]
     if path.suffix == ".csv":
         reader = csv.DictReader(text.splitlines())
         if "prompt" not in (reader.fieldnames or []):
             raise ValueError(
-                f"`retain_prompts={str(path)!r}` has the columns {reader.fieldnames}, none of them `prompt`: name the "
-                "column of the prompts so."
+                f"`{argument}={file!r}` has the columns {reader.fieldnames}, none of them `prompt`: name the column of the "
+                "prompts so."
             )
         return [row["prompt"] for row in reader]
     return text.splitlines()

@@ -2,6 +2,7 @@
 
 from hf_robust.metrics.answers import ABSTENTION_PREFIXES, answer_outcome, answer_shares
 from hf_robust.metrics.classifier_judges import ClassifierJudge, SequenceClassifierJudge
+from hf_robust.metrics.image_judges import ImageJudge
 from hf_robust.metrics.judges import ExactJudge, Judge, StringJudge, Verdict, as_judge
 from hf_robust.metrics.likelihood import text_losses
 from hf_robust.metrics.loading import METRICS, load
@@ -14,6 +15,7 @@ __all__ = [
     "REFUSAL_PREFIXES",
     "ClassifierJudge",
     "ExactJudge",
+    "ImageJudge",
     "Judge",
     "SequenceClassifierJudge",
     "StringJudge",

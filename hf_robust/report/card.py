@@ -14,9 +14,15 @@ _LIMITS = (
     "These figures hold for the attacks, budgets and prompts above and for nothing else: a stronger or different attack may "
     "succeed where these failed."
 )
-_TASK = "text-generation"
+# Pipeline tag and library of each kind of model; a report of another kind than text names it in its data
+_TEXT, _IMAGES = "text-generation", "text-to-image"
 # Methods that train against an attack
 _ADVERSARIAL = ("cat", "capo")
+
+# What of the data decides on a figure, besides the prompts
+_STATED = (
+    "batch_size", "max_new_tokens", "dtype", "bits", "task", "concept", "num_inference_steps", "guidance_scale", "original",
+)  # fmt: skip
 
 # Which list of prompts a figure is over, where it is not the behaviours
 DATA_OF = {"over_refusal": "harmless", "utility": "utility", "perplexity": "perplexity_texts"}
@@ -38,7 +44,7 @@ def model_card(report: Report, *, plot: str | None = None, peft: bool = True) ->
 
     results = [
         EvalResult(
-            task_type=_TASK,
+            task_type=_TEXT,
             dataset_type="hf_robust",
             dataset_name=f"{m.split} ({m.count} prompts)",
             dataset_split=m.split,
@@ -195,7 +201,7 @@ def eval_results(report: Report, subject: str) -> list[Any]:
             "judge": report.judge or None,
             "data_file": f"{source}.jsonl",
             "data_digest": report.data.get(f"{source}_digest"),
-            **{name: report.data.get(name) for name in ("batch_size", "max_new_tokens", "dtype", "bits")},
+            **{name: report.data.get(name) for name in _STATED},
         }
         if m.attack == "any":
             args["attacks"] = list(report.attacks)
@@ -206,7 +212,7 @@ def eval_results(report: Report, subject: str) -> list[Any]:
             args["settings_none"] = [name for name, value in settings.items() if value is None] or None
         results.append(
             EvalResult(
-                task_type=_TASK,
+                task_type=_task(report),
                 dataset_type="hf_robust",
                 dataset_name=m.split,
                 dataset_split=m.split,
@@ -231,6 +237,8 @@ def not_run(report: Report) -> list[str]:
     """
     from hf_robust.attacks.registry import ATTACKS
 
+    if _task(report) != _TEXT:  # attacks on language models do not apply
+        return list(dict.fromkeys(report.not_run))
     run = {settings.get("attack", name) for name, settings in report.attacks.items()}
     known = [name for name in ATTACKS if name not in run]
     return list(dict.fromkeys([*report.not_run, *known]))
@@ -246,6 +254,8 @@ def threat(settings: dict[str, Any]) -> str:
     Returns:
         For instance `"ε 0.05 × mean embedding norm, norm l2_token, 10 gradient steps"`; empty for an attack without any.
     """
+    if "images_digest" in settings:
+        return f"{settings.get('num_steps')} training steps on {settings.get('num_images')} pictures of the concept"
     parts = []
     if settings.get("epsilon") is not None:
         absolute = f"in units of the {'hidden states' if settings.get('attack') == 'latent' else 'embeddings'}"
@@ -264,6 +274,10 @@ def threat(settings: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _task(report: Report) -> str:
+    return str(report.data.get("task") or _TEXT)
+
+
 def _header(report: Report, results: list[Any], peft: bool) -> str:
     from huggingface_hub import ModelCardData
 
@@ -272,13 +286,13 @@ def _header(report: Report, results: list[Any], peft: bool) -> str:
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+|[a-z0-9.-]+", report.base_model) and not os.path.exists(report.base_model)
     data = ModelCardData(
         base_model=report.base_model if is_id else None,
-        library_name="peft" if peft else "transformers",
+        library_name="peft" if peft else "diffusers" if _task(report) == _IMAGES else "transformers",
         tags=[
             "hf_robust",
             *([method] if method else []),
             *(["adversarial-training"] if method in _ADVERSARIAL else []),
         ],
-        pipeline_tag=_TASK,
+        pipeline_tag=_task(report),
         model_name=report.title,
         eval_results=results or None,
     )
@@ -306,13 +320,13 @@ def _costs(report: Report) -> str:
     """What each attack spent, as a table."""
     if not report.runs:
         return ""
-    lines = [
-        "| attack | behaviours | failed | forwards | backwards | answers generated | cut answers |",
-        "|" + "---|" * 7,
-    ]
+    head = ["attack", "behaviours", "failed", "forwards", "backwards", "answers generated", "cut answers"]
+    if _task(report) == _IMAGES:
+        head = ["attack", "prompts", "failed", "UNet items forward", "UNet items backward", "pictures judged"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for run in report.runs:
         cells = (run.name, run.count, run.failures, run.forwards, run.backwards, run.generations, run.truncated)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(f"| {' | '.join(map(str, cells[: len(head)]))} |")
     return "\n".join(lines)
 
 

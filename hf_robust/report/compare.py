@@ -107,7 +107,7 @@ def subject_of(report: Report, subject: str | None) -> str:
 
     Args:
         report: the report.
-        subject: the one asked for. Default: the report's only one, or `"after"`.
+        subject: the one asked for. Default: the report's only one, the one that its data names, or `"after"`.
 
     Raises:
         ValueError: there is none of that name.
@@ -116,7 +116,8 @@ def subject_of(report: Report, subject: str | None) -> str:
     if subject is None:
         if len(subjects) < 2:
             return subjects[0] if subjects else "model"
-        subject = "after"
+        # Beside controls (the original, an oracle) a report names the one that it is about
+        subject = str(report.data.get("subject") or "after")
     if subject not in subjects:
         raise ValueError(f"`subject={subject!r}` has no figure in this report; name one of {subjects}.")
     return subject
@@ -141,6 +142,9 @@ def _warnings(first: Report, second: Report, rows: list[Row]) -> list[str]:
     limits = [report.data.get("max_new_tokens") for report in (first, second)]
     if limits[0] != limits[1]:
         warnings.append(f"Answers are cut at {limits[0]} and {limits[1]} tokens (max_new_tokens).")
+    for key in ("num_inference_steps", "guidance_scale"):
+        if first.data.get(key) != second.data.get(key):
+            warnings.append(f"Pictures are drawn with {key} {first.data.get(key)} and {second.data.get(key)}.")
     for name in (name for name in first.attacks if name in second.attacks):
         a, b = first.attacks[name], second.attacks[name]
         keys = [key for key in dict.fromkeys([*a, *b]) if key not in _NO_MATTER and a.get(key) != b.get(key)]

@@ -41,13 +41,23 @@ _SHOWN_IDS = 8
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """A pass over a list of prompts, in fixed batches."""
+class Stage:
+    """
+    A pass over a list of prompts, in fixed batches.
+
+    Attributes:
+        name: of the attack; of what is no attack, with an underscore before it.
+        behaviors: what it is over.
+        batch_size: behaviours in a batch, the unit of work that is kept.
+        run: makes the rows of a batch.
+        required: whether a stage that fails on every behaviour ends the run.
+    """
 
     name: str
     behaviors: list[Behavior]
     batch_size: int
     run: Callable[[list[Behavior]], list[Row]]
+    required: bool = True
 
 
 def evaluate_robustness(
@@ -128,12 +138,12 @@ def evaluate_robustness(
     for name, attack in attacks.items():
         # One suffix for all behaviours is not to be found in parts of them
         size = len(attacked) if getattr(attack, "needs_all_behaviors", False) else batch_size
-        stages.append(_Stage(name, attacked, size, attack_rows(attack, judge)))
+        stages.append(Stage(name, attacked, size, attack_rows(attack, judge)))
     for name, listed in users.items():
         if name == "perplexity_texts":
-            stages.append(_Stage(f"_{name}", listed, batch_size, lambda batch: _nll_rows(model, tokenizer, batch)))
+            stages.append(Stage(f"_{name}", listed, batch_size, lambda batch: _nll_rows(model, tokenizer, batch)))
         else:
-            stages.append(_Stage(f"_{name}", listed, batch_size, attack_rows(plain, None)))
+            stages.append(Stage(f"_{name}", listed, batch_size, attack_rows(plain, None)))
 
     settings = {name: settings_of(attack) for name, attack in attacks.items()}
     folder = None if output_dir is None else Path(output_dir)
@@ -152,8 +162,8 @@ def evaluate_robustness(
         for name, listed in {"behaviors": attacked, **users}.items():
             write_behaviors(folder / f"{name}.jsonl", listed)
 
-    with quiet(model), _silent([*attacks.values(), plain]):
-        rows, seconds = _run(stages, records, progress)
+    with quiet(model), silent([*attacks.values(), plain]):
+        rows, seconds = run_stages(stages, records, progress)
     under_attack = {name: rows[name] for name in attacks}
     report = Report(
         title=f"Robustness of {model_name(model)}",
@@ -289,8 +299,13 @@ def _describe_data(
 
 
 @contextlib.contextmanager
-def _silent(attacks: Sequence[Any]) -> Iterator[None]:
-    """No progress bars of attacks, nor of attacks within them, inside."""
+def silent(attacks: Sequence[Any]) -> Iterator[None]:
+    """
+    No progress bars of attacks, nor of attacks within them, inside.
+
+    Args:
+        attacks: of any kind.
+    """
     inner = [value for attack in attacks for value in vars(attack).values() if callable(getattr(value, "attack", None))]
     shown = [attack for attack in [*attacks, *inner] if getattr(attack, "progress", False)]
     try:
@@ -302,8 +317,20 @@ def _silent(attacks: Sequence[Any]) -> Iterator[None]:
             attack.progress = True
 
 
-def _run(stages: Sequence[_Stage], records: Records, progress: bool) -> tuple[dict[str, list[Row]], dict[str, float]]:
-    """Rows and seconds of each stage; what is on record is not run again."""
+def run_stages(
+    stages: Sequence[Stage], records: Records, progress: bool
+) -> tuple[dict[str, list[Row]], dict[str, float]]:
+    """
+    Rows and seconds of each stage, by its name; what is on record is not run again.
+
+    Args:
+        stages: in the order in which they run.
+        records: of finished batches.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: a required stage failed on every behaviour.
+    """
     rows: dict[str, list[Row]] = {stage.name: [] for stage in stages}
     seconds = dict.fromkeys(rows, 0.0)
     total = sum(math.ceil(len(stage.behaviors) / stage.batch_size) for stage in stages)
@@ -325,11 +352,14 @@ def _run(stages: Sequence[_Stage], records: Records, progress: bool) -> tuple[di
     return rows, seconds
 
 
-def _check_not_all_failed(stage: _Stage, rows: Sequence[Row], records: Records) -> None:
+def _check_not_all_failed(stage: Stage, rows: Sequence[Row], records: Records) -> None:
     """A stage without a single figure is a mistake in its settings, not a finding."""
-    problems = [problem(row) for row in rows if "result" in row]
+    problems = [problem(row) for row in rows if "result" in row and not row["result"].get("skipped")]
     if problems and all(problems):
         records.discard(stage.name)
+        if not stage.required:
+            logger.warning("%s failed on every prompt, the first with: %s", stage.name.lstrip("_"), problems[0])
+            return
         raise ValueError(
             f"{stage.name.lstrip('_')!r} failed on every prompt ({len(problems)}), the first with: {problems[0]} Mend its "
             "settings or the judge and run the evaluation again; what other attacks found is kept."

@@ -98,7 +98,8 @@ def _adapters(model: nn.Module) -> list[str]:
 def model_name(model: Any) -> str:
     """The name or path that the base model was loaded from; its class where it was made on the spot."""
     base = getattr(model, "get_base_model", lambda: model)()
-    return getattr(base, "name_or_path", "") or type(base).__name__
+    config = getattr(base, "config", None)  # of a diffusion pipeline, which has no name itself
+    return getattr(base, "name_or_path", "") or getattr(config, "name_or_path", "") or type(base).__name__
 
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def plot_evaluation(report: Report, folder: str | os.PathLike[str]) -> list[Path
     Returns:
         Those written, in this order: `attack_success.png` (by attack, with 95 % intervals), `success_by_budget.png` (against
         forwards spent on a behaviour), `losses.png` (mean loss by step of each search), `refusals.png` (refusals of
-        harmful requests, over-refusal and utility).
+        harmful requests, over-refusal and utility; of a model that draws, `utility.png` instead).
 
     Raises:
         ImportError: matplotlib is missing; the message says how to install it.
@@ -35,15 +35,16 @@ def plot_evaluation(report: Report, folder: str | os.PathLike[str]) -> list[Path
         "attack_success.png": _success(report),
         "success_by_budget.png": _budget(report),
         "losses.png": _losses(report),
-        "refusals.png": _refusals(report),
+        **({"utility.png": _utility(report)} if _draws(report) else {"refusals.png": _refusals(report)}),
     }
     return [save_figure(figure, folder / name) for name, figure in pictures.items() if figure is not None]
 
 
 def _success(report: Report) -> Any:
-    rates = [m for m in report.measurements if m.metric in ("attack_success_rate", "attack_success_rate_any")]
-    shown = [m for m in rates if m.split == "all"]
-    rows = [(m.attack if m.attack != "any" else "any of them", m) for m in shown]
+    metrics = ("pre_attack_success_rate", "attack_success_rate", "attack_success_rate_any")
+    shown = [m for m in report.measurements if m.metric in metrics and m.split == "all"]
+    names = {"any": "any of them", "none": "before any attack"}
+    rows = [(names.get(m.attack, m.attack), m) for m in shown]
     return _bars(report, rows, "Attack success (lower is better)", "share of behaviours broken, 95 % interval")
 
 
@@ -58,6 +59,16 @@ def _refusals(report: Report) -> Any:
     rows.sort(key=lambda row: order[row[1].metric])
     title = "Refusals of harmful requests (more is better), over-refusal (less), utility (more)"
     return _bars(report, rows, title, "share of prompts, 95 % interval")
+
+
+def _draws(report: Report) -> bool:
+    """Whether the model draws pictures."""
+    return report.data.get("task") == "text-to-image"
+
+
+def _utility(report: Report) -> Any:
+    rows = [(m.split, m) for m in report.measurements if m.metric == "utility"]
+    return _bars(report, rows, "Utility (more is better)", "share of prompts drawn as prompted, 95 % interval")
 
 
 def _bars(report: Report, rows: Sequence[tuple[str, Measurement]], title: str, label: str) -> Any:
@@ -137,7 +148,8 @@ def _budget(report: Report) -> Any:
         axis.plot([spent[-1]], [shares[-1]], marker="o", ms=5, color=line[0].get_color(), ls="none", clip_on=False)
     axis.set_xscale("log")
     axis.set_ylim(-0.02, 1.02)
-    axis.set_xlabel("forwards spent on a behaviour (rows, log scale); dot: largest spent by the attack", fontsize=9)
+    what = "UNet items run forward for a prompt (" if _draws(report) else "forwards spent on a behaviour (rows, "
+    axis.set_xlabel(f"{what}log scale); dot: largest spent by the attack", fontsize=9)
     axis.set_ylabel("share of behaviours broken", fontsize=9)
     _finish_lines(axis, figure, report, "Attack success against budget", len(runs))
     return figure
@@ -157,7 +169,8 @@ def _losses(report: Report) -> Any:
     axis.set_xlim(0, 1)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("share of the attack's steps done", fontsize=9)
-    axis.set_ylabel("mean loss of the target, nats per token", fontsize=9)
+    loss = "mean squared error of the prediction" if _draws(report) else "mean loss of the target, nats per token"
+    axis.set_ylabel(loss, fontsize=9)
     _finish_lines(axis, figure, report, "Loss of each search (flat at the end: converged)", len(runs))
     return figure
 

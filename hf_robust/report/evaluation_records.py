@@ -32,18 +32,19 @@ def row_of(behavior_id: str, result: AttackResult, verdict: Verdict | None) -> R
     values = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "embeddings"}
     return {
         "id": behavior_id,
-        "result": _finite(values),
-        "verdict": None if verdict is None else _finite(asdict(verdict)),
+        "result": finite(values),
+        "verdict": None if verdict is None else finite(asdict(verdict)),
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values with `None` for every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
@@ -74,6 +75,10 @@ class Records:
     def path(self, stage: str, batch: int) -> Path | None:
         """File of a batch."""
         return None if self._folder is None else self._folder / self._names[stage] / f"{batch:05d}.json"
+
+    def folder_name(self, stage: str) -> str:
+        """Name of a stage's folder."""
+        return self._names[stage]
 
     def load(self, stage: str, batch: int, ids: Sequence[str]) -> dict[str, Any] | None:
         """

@@ -10,9 +10,10 @@ METRIC_NAMES = {
     "graded": "withheld answer, share of words",
     "refusal": "refused",
     "over_refusal": "over-refusal",
-    "utility": "utility (exact answer)",
+    "utility": "utility",
     "attack_success_rate": "attack success",
     "attack_success_rate_any": "attack success, any attack",
+    "pre_attack_success_rate": "success before any attack",
     "perplexity": "perplexity",
     "cost_per_success": "cost per success",
 }

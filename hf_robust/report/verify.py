@@ -22,7 +22,10 @@ HOLDS, FAILS, UNCHECKED = "holds", "FAILS", "not checkable"
 
 # More is better for users and for whoever wants harmful requests refused; of everything else less is better.
 _HIGHER_IS_BETTER = ("refusal", "utility")
-_CHECKED = ("attack_success_rate", "attack_success_rate_any", "refusal", "over_refusal", "utility", "perplexity")
+_CHECKED = (
+    "attack_success_rate", "attack_success_rate_any", "pre_attack_success_rate", "refusal", "over_refusal", "utility",
+    "perplexity",
+)  # fmt: skip
 
 # Cards round to four places
 _ROUNDING = 5e-5
@@ -80,7 +83,8 @@ def verify(
         limit: use the first `limit` prompts of each list only.
         model: model to measure, a folder or Hub id of one, or a loaded model. Default: the one beside the card.
         tokenizer: of a loaded `model`.
-        base_model: folder or Hub id of an adapter's base. Default: the one that the adapter names.
+        base_model: folder or Hub id of an adapter's base. Default: the one that the adapter names. Of an erased diffusion
+            pipeline: the pipeline before erasing, which some attacks need.
         judge: the judge that the card names, where it cannot be rebuilt from its name.
         revision: of the Hub repository.
         output_dir: where records and report of the new evaluation go; an interrupted check goes on there. Default: a
@@ -98,13 +102,18 @@ def verify(
         raise ValueError(f"`limit={limit!r}` must be at least 1, or None for all prompts.")
     source = ModelFiles(model_id, revision)
     claims = read_claims(source)
-    plan = _Plan(claims, source, behaviors, limit, judge)
+    kind = Plan
+    if any(claim.args.get("task") == "text-to-image" for claim in claims):
+        from hf_robust.report.diffusion_verify import DiffusionPlan
+
+        kind = DiffusionPlan
+    plan = kind(claims, source, behaviors, limit, judge, base_model)
     if not any(plan.reason(claim) is None for claim in claims):
         return [ClaimCheck(claim, None, UNCHECKED, plan.reason(claim) or "") for claim in claims]
     if model is None or isinstance(model, str | os.PathLike):
         name = str(model_id) if model is None else str(model)
-        model, tokenizer = load_model(name, base_model, revision, **plan.precision)
-    elif tokenizer is None:
+        model, tokenizer = plan.load(name, revision)
+    elif tokenizer is None and plan.needs_tokenizer:
         raise ValueError("`tokenizer=None` with a loaded `model`: give its tokenizer too.")
     report, problem = None, ""
     with tempfile.TemporaryDirectory() as scratch:
@@ -176,8 +185,12 @@ def format_checks(checks: Sequence[ClaimCheck]) -> str:
 # What to run ----------------------------------------------------------------------------------------------------------
 
 
-class _Plan:
+class Plan:
     """Attacks, judge and data rebuilt from the claims; why a claim cannot be checked."""
+
+    #: Settings of the evaluation that all claims which are checked share.
+    shared: Sequence[str] = ("judge", "max_new_tokens")
+    needs_tokenizer = True
 
     def __init__(
         self,
@@ -186,8 +199,9 @@ class _Plan:
         behaviors: str | os.PathLike[str] | None,
         limit: int | None,
         judge: Any,
+        base_model: str | None,
     ):
-        self._limit = limit
+        self._limit, self._base_model = limit, base_model
         self._attacks: dict[str, Any] = {}
         self._settings: dict[str, Any] = {}
         self._digests: dict[str, Any] = {}
@@ -205,7 +219,7 @@ class _Plan:
         if isinstance(settings, dict) and claim.attack not in self._settings:
             self._settings[claim.attack] = settings
             try:
-                self._attacks[claim.attack] = rebuild_attack(settings, claim.args.get("settings_none") or [])
+                self._attacks[claim.attack] = self._rebuild(settings, claim.args.get("settings_none") or [])
             except Exception as error:  # a card may state anything
                 self._problems[f"attack {claim.attack}"] = f"the attack cannot be rebuilt: {error}"
 
@@ -225,9 +239,17 @@ class _Plan:
             )
             return
         try:
-            self._data[name] = read_as_digest(path, str(claim.args.get("data_digest")))
+            self._data[name] = self._read(path, str(claim.args.get("data_digest")))
         except ValueError as error:
             self._problems[f"data {name}"] = str(error)
+
+    def _rebuild(self, settings: dict[str, Any], none: Sequence[str]) -> Any:
+        """An attack from its settings."""
+        return rebuild_attack(settings, none)
+
+    def _read(self, path: Path, digest: str) -> list[Behavior]:
+        """The prompts of a file, if they are the card's."""
+        return read_as_digest(path, digest)
 
     def _rebuild_judge(self, judge: Any) -> Any:
         from hf_robust.metrics.judges import ExactJudge, StringJudge, as_judge
@@ -251,10 +273,10 @@ class _Plan:
             self._problems["judge"] = f"the judge {name!r} cannot be rebuilt from its name; give it as `judge`"
             return None
 
-    @property
-    def precision(self) -> dict[str, Any]:
-        """How the model's weights were held."""
-        return {name: self._first.get(name) for name in ("dtype", "bits")}
+    def load(self, name: str, revision: str | None) -> tuple[Any, Any]:
+        """A model, its weights held as they were, and its tokenizer."""
+        precision = {key: self._first.get(key) for key in ("dtype", "bits")}
+        return load_model(name, self._base_model, revision, **precision)
 
     def reason(self, claim: Claim) -> str | None:
         """Why a claim cannot be checked; `None` if it can."""
@@ -267,7 +289,7 @@ class _Plan:
         if claim.metric == "perplexity" and self._limit is not None:
             return "a perplexity over some of the texts is not that over all"
         same = (
-            all(claim.args.get(name) == self._first.get(name) for name in ("judge", "max_new_tokens"))
+            all(claim.args.get(name) == self._first.get(name) for name in self.shared)
             and claim.args.get("data_digest") == self._digests[DATA_OF.get(claim.metric, "behaviors")]
             and claim.args.get("settings") == self._settings.get(claim.attack)
         )

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .chat import ChatTestbed
     from .chat_language import ChatBehavior, ChatVerdict, judge
     from .chat_training import ChatRecipe
+    from .diffusion import DiffusionTestbed
+    from .diffusion_recipe import DiffusionRecipe
     from .facts import FactsTestbed
     from .facts_language import FactQuestion
     from .facts_training import FactsRecipe
@@ -19,6 +21,8 @@ _HOMES = {
     "ChatVerdict": "chat_language",
     "judge": "chat_language",
     "ChatRecipe": "chat_training",
+    "DiffusionTestbed": "diffusion",
+    "DiffusionRecipe": "diffusion_recipe",
     "FactsTestbed": "facts",
     "FactQuestion": "facts_language",
     "FactsRecipe": "facts_training",
@@ -29,6 +33,8 @@ __all__ = [
     "ChatRecipe",
     "ChatTestbed",
     "ChatVerdict",
+    "DiffusionRecipe",
+    "DiffusionTestbed",
     "FactQuestion",
     "FactsRecipe",
     "FactsTestbed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,14 +16,43 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def no_loading_bar() -> Iterator[None]:
-    """transformers' own progress bars off inside, as before after."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    """transformers' own progress bars, and diffusers' if it has been imported, off inside, as before after."""
+    loggers: list[Any] = [transformers_logging]
+    if "diffusers" in sys.modules:
+        loggers.append(sys.modules["diffusers"].utils.logging)
+    shown = [logger for logger in loggers if logger.is_progress_bar_enabled()]
+    for logger in shown:
+        logger.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        for logger in shown:
+            logger.enable_progress_bar()
+
+
+@contextmanager
+def written_whole(folder: Path, marker: str = "config.json") -> Iterator[Path]:
+    """An empty draft folder to write into, renamed to its final name at the end; nothing is left if writing fails.
+
+    Args:
+        folder: Where to. If it is whole already, because another process was first, that one stays.
+        marker: A file that every whole folder of its kind has.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside its final place and renamed
+    draft = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+    try:
+        draft.mkdir()
+        with no_loading_bar():
+            yield draft
+        try:
+            draft.rename(folder)
+        except OSError:
+            # Another process finished the same model first; its copy is as good.
+            if not (folder / marker).is_file():
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def save_whole(folder: Path, model: Any, tokenizer: Any, recipe: Mapping[str, Any]) -> None:
@@ -34,19 +64,7 @@ def save_whole(folder: Path, model: Any, tokenizer: Any, recipe: Mapping[str, An
         tokenizer: Likewise.
         recipe: What decided the model, for `recipe.json`.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its final place and renamed
-    draft = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
-    try:
-        with no_loading_bar():
-            model.save_pretrained(draft)
+    with written_whole(folder) as draft:
+        model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         (draft / "recipe.json").write_text(json.dumps(dict(recipe), indent=2) + "\n", encoding="utf-8")
-        try:
-            draft.rename(folder)
-        except OSError:
-            # Another process finished the same model first; its copy is as good.
-            if not (folder / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)

@@ -24,7 +24,8 @@ def robust_config(output_dir: str, **overrides: Any) -> CATConfig:
     fields: dict[str, Any] = {
         "per_device_train_batch_size": 28,
         "adversarial_fraction": 0.25,
-        "attack_epsilon": 0.2,
+        "attack_epsilon": 0.1,
+        "attack_suffix_epsilon": 1.0,
         "attack_steps": 5,
         "toward_weight": 1.0,
         "toward_cutoff": 0.05,

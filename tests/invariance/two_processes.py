@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from hf_robust.noise import NoisePolicy
+from tests.diffusion_helpers import tiny_pipeline
+from tests.diffusion_trainer_data import diffusion_trainer, image_rows, text_lora, unet_lora
 from tests.helpers import tiny_model
 from tests.noise_data import hold_noise
 from tests.trainer_data import (
@@ -78,6 +80,23 @@ def _noise(layer: int) -> dict[str, Any]:
     return {"noise_policy": NoisePolicy.for_layers(tiny_model(), {layer: 1.5}, distribution="gaussian")}
 
 
+def _diffusion(given: Any = None, **args: Any) -> Any:
+    def build(folder: str, batch: int) -> Any:
+        size = batch // args.get("gradient_accumulation_steps", 1)
+        rows = {"train_dataset": image_rows(16), **(given() if given else {})}
+        return diffusion_trainer(tiny_pipeline(), folder, rows, per_device_train_batch_size=size, **args)
+
+    return build
+
+
+def _adapters() -> dict[str, Any]:
+    return {"peft_config": {"unet": unet_lora(), "text_encoder": text_lora()}}
+
+
+_TOKENS = {"attack_epsilon": 0.5, "attack_steps": 2, "caption_dropout": 0.3}
+_EVALUATED_DIFFUSION = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+
+
 def _scaled(batch: int, args: dict[str, Any]) -> dict[str, Any]:
     accumulation = args.get("gradient_accumulation_steps", 1)
     return {"per_device_train_batch_size": batch // accumulation, "attack_epsilon": 0.3, **args}
@@ -110,6 +129,14 @@ CELLS: dict[str, Callable[[str, int], Any]] = {
     "noisefit-calibrated": _noisefit(version="v2", noise_distribution="gaussian"),
     "noisefit-chosen-by-snr": _noisefit(noise_distribution="gaussian", noise_std=1.5, prefix_sharing=False),
     "noisefit-lora-checkpointing": _noisefit({**_noise(0), "peft_config": lora()}, **CHECKPOINTING),
+    "diffusion": _diffusion(train_parts=["unet", "text_encoder"], caption_dropout=0.3),
+    "diffusion-adversarial": _diffusion(
+        train_parts=["unet", "text_encoder"], gradient_accumulation_steps=2, adversarial_weight=0.5, **_TOKENS
+    ),
+    # Five rows: a place without a row on one process
+    "diffusion-lora-evaluated": _diffusion(
+        lambda: {**_adapters(), "eval_dataset": image_rows(5)}, **_TOKENS, **_EVALUATED_DIFFUSION, **CHECKPOINTING
+    ),
 }
 _LOGGED = (
     *(
@@ -122,6 +149,7 @@ _LOGGED = (
         "attack_non_finite",
     ),
     *("clean_ce", "noisy_kl", "consistency_kl", "noisy_layers"),
+    *("adversarial_loss", "attack_loss_first", "clean_loss"),
     *("away_cutoff_share", "eval_adversarial_loss", "eval_away_loss", "eval_toward_loss"),
 )
 
@@ -131,7 +159,8 @@ def run_cell(name: str, batch: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = CELLS[name](folder, batch)
         calls: list[None] = []
-        trainer.model.get_input_embeddings().register_forward_pre_hook(lambda module, args: calls.append(None))
+        entered = trainer.model.unet if name.startswith("diffusion") else trainer.model.get_input_embeddings()
+        entered.register_forward_pre_hook(lambda module, args: calls.append(None))
         return {
             "weights": train(trainer),
             "logged": [{k: e[k] for k in _LOGGED if k in e} for e in trainer.state.log_history],
