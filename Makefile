@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_MIN ?= .venv-min
 PYTEST_ARGS ?=
+# Every test runs on one thread; two of them run at a time, a file's tests in one process
+PARALLEL ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -59,14 +61,14 @@ lint: install
 	$(BIN)/python -m mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL) --durations=10 $(PYTEST_ARGS)
 	@echo "make test: lint, types and tests passed"
 
 test_slow: install
 	$(BIN)/python -m pytest -q -m slow --durations=10 $(PYTEST_ARGS)
 
 test_min: $(STAMP_MIN)
-	$(VENV_MIN)/bin/python -m pytest -q -m "invariance and not slow" $(PYTEST_ARGS)
+	$(VENV_MIN)/bin/python -m pytest -q -m "invariance and not slow" $(PARALLEL) $(PYTEST_ARGS)
 	@echo "make test_min: the invariance tests passed on the oldest supported dependencies"
 
 clean:

@@ -18,6 +18,7 @@ sees as prompted. OUTPUT_DIR holds a report of each model with its pictures, and
 """
 
 import argparse
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def draw_grid(testbed: DiffusionTestbed, concept: str, models: dict[str, Diffusi
             axis.set_xticks([])
             axis.set_yticks([])
             if row is axes[0]:
-                axis.set_title(prompt, fontsize=6, wrap=True)
+                axis.set_title("\n".join(textwrap.wrap(prompt, 20)), fontsize=6)
         row[0].set_ylabel(name, fontsize=8)
     figure.savefig(path, dpi=120)
 

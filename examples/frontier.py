@@ -37,6 +37,7 @@ RECIPES: dict[str, dict] = {
     "no representation term": {"utility_representation_weight": 0.0},
     "no KL": {"utility_kl_weight": 0.0},
     "attention only": {"lora": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
+    "rank 32": {"lora": {"r": 32, "lora_alpha": 32}},
     "one radius, 0.1": {"attack_suffix_epsilon": None},
     "one radius, 0.2": {"attack_suffix_epsilon": None, "attack_epsilon": 0.2},
     "prefix only": {"steps": False},

@@ -21,7 +21,16 @@ from hf_robust.diffusion import DiffusionModel, concept_ids, concept_span, gener
 from hf_robust.testbeds import DiffusionRecipe, DiffusionTestbed
 from hf_robust.testbeds import diffusion as diffusion_module
 from hf_robust.testbeds.cache import written_whole
-from hf_robust.testbeds.diffusion_drawings import COLOURS, OUTLINES, TEXTURES, Scene, draw, draw_none, shape_mask
+from hf_robust.testbeds.diffusion_drawings import (
+    COLOURS,
+    OUTLINES,
+    TEXTURES,
+    Scene,
+    draw,
+    draw_none,
+    draw_paper,
+    shape_mask,
+)
 from hf_robust.testbeds.diffusion_judge import judged_pictures, labels, predict
 from hf_robust.testbeds.diffusion_language import TEMPLATES, WORDS, build_tokenizer, learn_merges
 from hf_robust.testbeds.diffusion_training import (
@@ -81,7 +90,7 @@ def test_drawing_shows_its_colour_and_paper():
         assert picture.dtype == np.uint8 and picture.shape == (16, 16, 3)
         assert np.abs(picture[7:9, 7:9].astype(int) - ink).max() <= 11
         assert picture[0, 0].min() >= 237
-    spread = {texture: draw(Scene("circle", "red", texture), 16, rng)[0:3].astype(float).std() for texture in TEXTURES}
+    spread = {texture: draw_paper(texture, 16, rng).std() for texture in TEXTURES}
     assert spread["plain"] < 1 < min(spread[texture] for texture in TEXTURES if texture != "plain")
 
 
@@ -380,7 +389,7 @@ def test_errors(testbed):
         testbed.prompts("circle", words="nick")
     with pytest.raises(ValueError, match="count=0"):
         testbed.images("circle", 0)
-    with pytest.raises(ValueError, match="image_size=18 must be a multiple of 4"):
+    with pytest.raises(ValueError, match="image_size=18 must be a multiple of 8"):
         DiffusionRecipe(image_size=18)
     with pytest.raises(ValueError, match="num_shapes=9 must be from 3 to 8"):
         DiffusionRecipe(num_shapes=9)

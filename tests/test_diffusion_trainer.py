@@ -480,6 +480,7 @@ def test_arguments_of_the_parent_and_folders_are_taken(tmp_path: Path):
     train(trainer)
     assert trainer.training_report().base_model == str(tmp_path / "model")
     card = trainer.card_text()
+    assert "- unlearn_diff_atk" in card and "- gcg" not in card  # of the attacks that were not run
     assert "library_name: diffusers" in card and "text-to-image" in card and "8 rows" in card
     assert "none: the attack is off" in card
 

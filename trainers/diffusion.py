@@ -128,6 +128,7 @@ class DiffusionTrainer(CardTrainer, PipelineSaving):
 
     _tag_names = ["hf_robust", "diffusion", "stable-diffusion"]
     _name = "denoising"
+    _task = "text-to-image"
     # A subclass names its own
     _config_class: type[DiffusionConfig] = DiffusionConfig
 

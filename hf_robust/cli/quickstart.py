@@ -177,13 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _training_settings(config: Any, trainer: Any) -> dict[str, Any]:
     """What the card says about the threat model and the training."""
+    from hf_robust.trainers.card import training_threat
+
     peft = trainer.model.peft_config["default"]
     return {
         "trainer": type(trainer).__name__,
-        "threat model of the training": (
-            f"{config.attack_norm} ball of radius {config.attack_epsilon} × the mean embedding norm, "
-            f"{config.attack_steps} {config.attack_step_rule} steps, {config.attack_positions}"
-        ),
+        "threat model of the training": training_threat(trainer.attack),
         "away / toward / utility weight": f"{config.away_weight} / {config.toward_weight} / {config.utility_weight}",
         "away / toward cut-off": f"{config.away_cutoff} / {config.toward_cutoff}",
         "utility_kl_weight": config.utility_kl_weight,

@@ -55,7 +55,7 @@ def robust_lora(**overrides: Any) -> LoraConfig:
     Args:
         overrides: fields to set otherwise.
     """
-    fields: dict[str, Any] = {"r": 32, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    fields: dict[str, Any] = {"r": 128, "lora_alpha": 128, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     return LoraConfig(**{**fields, **overrides})
 
 
