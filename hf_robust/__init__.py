@@ -9,6 +9,8 @@ from hf_robust.late_registration import after_import
 
 if TYPE_CHECKING:
     from hf_robust.trainers import (
+        AdversarialConfig,
+        AdversarialTrainer,
         AdvUnlearnConfig,
         AdvUnlearnTrainer,
         CAPOConfig,
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
         DiffusionTrainer,
         NoiseFiTConfig,
         NoiseFiTTrainer,
+        RobustCLIPConfig,
+        RobustCLIPTrainer,
         RobustnessCallback,
+        RobustVLMConfig,
+        RobustVLMTrainer,
     )
     from hf_robust.tuners import SaraConfig
 
@@ -28,6 +34,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdvUnlearnConfig",
     "AdvUnlearnTrainer",
+    "AdversarialConfig",
+    "AdversarialTrainer",
     "CAPOConfig",
     "CAPOTrainer",
     "CATConfig",
@@ -36,6 +44,10 @@ __all__ = [
     "DiffusionTrainer",
     "NoiseFiTConfig",
     "NoiseFiTTrainer",
+    "RobustCLIPConfig",
+    "RobustCLIPTrainer",
+    "RobustVLMConfig",
+    "RobustVLMTrainer",
     "RobustnessCallback",
     "SaraConfig",
     "__version__",

@@ -444,7 +444,14 @@ def test_suffix_tokens_have_a_radius_of_their_own(side, norm, init):
     suffix = torch.zeros(3, 10, dtype=torch.bool)
     suffix[:2, 3:5] = True
     attack = EmbeddingAttack(
-        epsilon=0.1, suffix_epsilon=2.0, steps=8, step_size=1.0, step_size_relative=True, norm=norm, init=init, keep="last"
+        epsilon=0.1,
+        suffix_epsilon=2.0,
+        steps=8,
+        step_size=1.0,
+        step_size_relative=True,
+        norm=norm,
+        init=init,
+        keep="last",
     )
     length = attack.perturb(model, **batch, suffix_mask=suffix)
     length = length.norm(dim=-1) if norm == "l2_token" else length.abs().amax(dim=-1)

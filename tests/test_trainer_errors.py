@@ -7,13 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    ProcessorMixin,
-)
+from transformers import ProcessorMixin
 
 from hf_robust import CAPOConfig, CATConfig, CATTrainer
 from tests.helpers import tiny_model
@@ -25,8 +19,10 @@ from tests.trainer_data import (
     lora,
     settings,
     tiny_tokenizer,
+    train,
     utility_rows,
 )
+from tests.vlm_data import tiny_llava
 
 TRAINERS = pytest.mark.parametrize("make", [cat_trainer, capo_trainer], ids=["cat", "capo"])
 CONFIGS = pytest.mark.parametrize("config", [CATConfig, CAPOConfig])
@@ -232,19 +228,31 @@ class FakeProcessor(ProcessorMixin):
 
 
 @TRAINERS
-def test_processors_of_vision_language_models(make: Any, tmp_path: Path):
-    with refused("`processing_class=FakeProcessor`", "vision-language", "its tokenizer"):
+def test_processors_of_anything_but_text_and_images(make: Any, tmp_path: Path):
+    with refused("`processing_class=FakeProcessor`", "text and images"):
         make(tiny_model(), tmp_path, {"processing_class": FakeProcessor()})
 
 
 @TRAINERS
-def test_vision_language_models(make: Any, tmp_path: Path):
-    text = LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=60))
-    with refused("`model`", "llava", "text-only"):
+def test_vision_language_models_without_images(make: Any, tmp_path: Path):
+    """Rows of text alone, through the processor or its tokenizer (with images: tests/test_cat_vlm.py)."""
+    trainer = make(tiny_llava(), tmp_path, {"peft_config": lora()}, max_steps=1)
+    assert all(torch.isfinite(value).all() for value in train(trainer).values())
+
+
+@TRAINERS
+def test_models_of_sound(make: Any, tmp_path: Path):
+    model = tiny_model()
+    model.config.audio_config = {"hidden_size": 16}
+    with refused("`model`", "audio tower"):
+        make(model, tmp_path)
+
+
+@TRAINERS
+def test_image_towers_without_a_language_model(make: Any, tmp_path: Path):
+    model = tiny_model()
+    model.config.vision_config = {"hidden_size": 16}
+    with refused("`model`", "image tower", "get_decoder"):
         make(model, tmp_path)
 
 

@@ -20,8 +20,9 @@ from hf_robust.attacks import EmbeddingAttack
 from hf_robust.attacks.gradient import SearchResult
 from hf_robust.data.checks import check_preferences
 from hf_robust.data.preferences import without_end
+from hf_robust.data.vision_preferences import IMAGE_COLUMNS, rejected_part
 from hf_robust.objectives import zero_confident_tokens
-from hf_robust.sites import EmbeddingSite
+from hf_robust.sites import EmbeddingSite, input_site
 from hf_robust.threats import check_at_least
 from hf_robust.trainers.attack_arguments import AttackArguments, take_over
 from hf_robust.trainers.card import CardTrainer
@@ -134,6 +135,10 @@ def _for_chosen(delta: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.T
     return torch.where(inside.unsqueeze(-1), delta.gather(1, source), 0.0)
 
 
+def _has_images(dataset: Any) -> bool:
+    return any(column in (getattr(dataset, "column_names", None) or []) for column in IMAGE_COLUMNS)
+
+
 class CAPOTrainer(CardTrainer, DPOTrainer):
     """
     Trainer for Continuous Adversarial Preference Optimisation (C-AdvIPO), introduced in
@@ -148,8 +153,10 @@ class CAPOTrainer(CardTrainer, DPOTrainer):
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            As for [`~trl.DPOTrainer`]. A full model that is already in memory works too: its reference log-probabilities are
-            computed before training (`precompute_ref_log_probs`), never by loading a second copy.
+            As for [`~trl.DPOTrainer`], vision-language models with images in the prompt included: the attack then moves what
+            the language model reads, image positions included. A full model that is already in memory works too: its
+            reference log-probabilities are computed before training (`precompute_ref_log_probs`), never by loading a second
+            copy; with images, which cannot be gone through beforehand, pass `ref_model` or a `peft_config`.
         ref_model ([`~transformers.PreTrainedModel`], *optional*):
             As for [`~trl.DPOTrainer`].
         args ([`CAPOConfig`], *optional*):
@@ -196,9 +203,20 @@ class CAPOTrainer(CardTrainer, DPOTrainer):
         given = self._datasets(parent_args, parent_kwargs)
         for name, dataset in given:
             if isinstance(dataset, Dataset):
-                check_preferences(dataset, name)
+                check_preferences(dataset, name, images=True)
         in_memory = not isinstance(model, str) and not is_peft_model(model) and parent_kwargs.get("peft_config") is None
-        if in_memory and ref_model is None and not args.precompute_ref_log_probs:
+        if any(_has_images(dataset) for _, dataset in given):
+            if in_memory and ref_model is None:
+                raise ValueError(
+                    "`train_dataset` has images and `model` is a full model in memory: its reference log-probabilities cannot "
+                    "be computed beforehand. Pass `ref_model` or a `peft_config`."
+                )
+            if not args.rejected_end:
+                raise ValueError(
+                    "`rejected_end=False` is not supported for rows with images, which DPOTrainer tokenizes batch by batch: "
+                    "use True, or CATTrainer."
+                )
+        elif in_memory and ref_model is None and not args.precompute_ref_log_probs:
             if any(isinstance(dataset, IterableDataset) for _, dataset in given):
                 raise ValueError(
                     "`train_dataset` or `eval_dataset` is streaming and `model` is a full model in memory: its reference "
@@ -289,7 +307,7 @@ class CAPOTrainer(CardTrainer, DPOTrainer):
             found = self._search(inner, inputs, attack)
         policy = _PerturbedPolicy(
             model,
-            EmbeddingSite(inner),
+            input_site(inner),
             torch.cat([_for_chosen(found.delta, inputs), found.delta]),  # the batch is [chosen, rejected]
             self.accelerator,
             zero_confident=self.args.reference_compat,
@@ -306,11 +324,15 @@ class CAPOTrainer(CardTrainer, DPOTrainer):
         """Attack the prompts of the batch so that the rejected answers become likely."""
         rows = inputs["input_ids"].shape[0] // 2
         rejected = {name: inputs[name][rows:] for name in ("input_ids", "attention_mask", "completion_mask")}
+        beside = {}
+        if self._is_vision_dataset:
+            beside = rejected_part({k: v for k, v in inputs.items() if k not in rejected and k != "use_cache"})
         return attack.search(
             inner,
             input_ids=rejected["input_ids"],
             attention_mask=rejected["attention_mask"],
             labels=rejected["input_ids"].masked_fill(rejected["completion_mask"] == 0, -100),
+            **beside,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

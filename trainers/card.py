@@ -19,6 +19,7 @@ from hf_robust.report.card import evaluation_card, training_card
 from hf_robust.report.hub import RESULTS, explained_push, remote_card, write_card
 from hf_robust.report.report import Report, describe_environment
 from hf_robust.sites import keep_differentiable
+from hf_robust.trainers.checkpoints import restore_renamed
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class CardTrainer(Trainer):
     _tag_names: list[str] = []
     _name = "Base"
     _paper: dict[str, str] = {}
+    # The Hub's name of what the model does, where it is not text generation
+    _task: str | None = None
 
     # The datasets as the user gave them, and the hashes once they are known
     _given: Mapping[str, Any] = {}
@@ -93,6 +96,18 @@ class CardTrainer(Trainer):
         finally:
             self._weights_since = time.time()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The parent's loading; of a whole vision-language model by the names that it was saved under."""
+        plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if not (plain and restore_renamed(self.model if model is None else model, resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """The parent's loading; see [`_load_from_checkpoint`]."""
+        plain, best = not (self.is_fsdp_enabled or self.is_deepspeed_enabled), self.state.best_model_checkpoint
+        if not (plain and best is not None and restore_renamed(self.model, best)):
+            super()._load_best_model()
+
     def _measured(self) -> Report | None:
         """The report attached, or the one in the output folder if it is about these weights."""
         path = Path(self.args.output_dir) / "report.json"
@@ -128,7 +143,10 @@ class CardTrainer(Trainer):
             method={"name": self._name, **paper, "citation": self._paper.get("citation")},
             base_model=base or "a model made in memory",
             training=self._training_settings(peft),
-            data={name: _describe(dataset) for name, dataset in self._given.items()},
+            data={
+                **({"task": self._task} if self._task else {}),
+                **{name: _describe(dataset) for name, dataset in self._given.items()},
+            },
             environment=describe_environment(),
         )
         if measured is None:

@@ -13,12 +13,13 @@ from trl import SFTTrainer
 from hf_robust.attacks import EmbeddingAttack
 from hf_robust.data import collate_preferences, tokenize_preferences
 from hf_robust.data.checks import check_map_style
+from hf_robust.data.vision_preferences import collate_vision_preferences, rejected_part, tokenize_vision_preferences
 from hf_robust.objectives import away_loss, kl_divergence, per_row_mean, relative_shift, token_nll, toward_loss
-from hf_robust.sites import EmbeddingSite, LabelIndex, decoder_layers, label_logits, quiet, record_hidden_states
+from hf_robust.sites import LabelIndex, decoder_layers, input_site, label_logits, quiet, record_hidden_states
 from hf_robust.trainers.attack_arguments import take_over
 from hf_robust.trainers.card import CardTrainer
 from hf_robust.trainers.cat_config import CATConfig
-from hf_robust.trainers.guards import check_arguments, check_model, check_processing_class
+from hf_robust.trainers.guards import check_arguments, check_model, check_processing_class, check_vision_arguments
 from hf_robust.trainers.meters import Meters, Stopwatch, on_any_process
 from hf_robust.trainers.papers import CONTINUOUS_ATTACKS
 from hf_robust.trainers.schedule import AdversarialSchedule, rows_of_process, spread, start_seed
@@ -46,7 +47,9 @@ class CATTrainer(CardTrainer, SFTTrainer):
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            As for [`~trl.SFTTrainer`]. Text-only causal language models.
+            As for [`~trl.SFTTrainer`]: causal language models, and vision-language models with their processor, whose
+            prompts may hold images (`images` or `image`). The attack then moves what the language model reads, image
+            positions included.
         args ([`CATConfig`], *optional*):
             Configuration. An [`~trl.SFTConfig`] is taken over, with the defaults of [`CATConfig`] for the rest.
         *parent_args:
@@ -136,6 +139,11 @@ class CATTrainer(CardTrainer, SFTTrainer):
     # ---- Data ----
 
     def _tokenize(self, dataset: Dataset, name: str) -> Dataset:
+        if self._is_vlm:
+            check_vision_arguments(self.args)
+            return tokenize_vision_preferences(
+                dataset, self.processing_class, rejected_end=self.args.rejected_end, name=name
+            )
         dataset = tokenize_preferences(
             dataset,
             self.processing_class,
@@ -223,9 +231,12 @@ class CATTrainer(CardTrainer, SFTTrainer):
     def _collate(self, rows: Any, places: list[int | None]) -> dict[str, Any]:
         """A chunk; a place without a row repeats the first row at weight 0."""
         taken = [rows[place or 0] for place in places]
+        weight = torch.tensor([float(place is not None) for place in places])
+        if self._is_vlm:
+            return {**collate_vision_preferences(taken, self.processing_class), "weight": weight}
         return {
             **collate_preferences(taken, self._tokenizer.pad_token_id),
-            "weight": torch.tensor([float(place is not None) for place in places]),
+            "weight": weight,
             "rejected_length": max(len(row["prompt_ids"]) + len(row["rejected_ids"]) for row in taken),
         }
 
@@ -333,7 +344,8 @@ class CATTrainer(CardTrainer, SFTTrainer):
         weight = chunk["weight"]
         n = len(weight)
         inner = self.accelerator.unwrap_model(model)
-        inputs = {"input_ids": chunk["input_ids"], "attention_mask": chunk["attention_mask"]}
+        vision = chunk.get("vision", {})
+        inputs = {"input_ids": chunk["input_ids"], "attention_mask": chunk["attention_mask"], **vision}
         length = chunk["rejected_length"]
         with self._stopwatch:
             found = attack.search(
@@ -343,13 +355,14 @@ class CATTrainer(CardTrainer, SFTTrainer):
                 labels=chunk["labels"][n:, :length],
                 user_mask=chunk["user_mask"][n:, :length],
                 suffix_mask=chunk["suffix_mask"][n:, :length],
+                **rejected_part(vision, length),
             )
         delta = nn.functional.pad(found.delta, (0, 0, 0, chunk["input_ids"].shape[1] - length))
         index = LabelIndex.from_labels(chunk["labels"])
 
         def answer(delta: torch.Tensor) -> torch.Tensor:
             # Prompts start at the same column, so the perturbation of the rejected row fits the chosen one
-            with EmbeddingSite(inner).add(torch.cat([delta, delta])):
+            with input_site(inner).add(torch.cat([delta, delta])):
                 logits = label_logits(model, index, **inputs)
             return per_row_mean(token_nll(logits, index.targets), index.rows, index.counts)
 

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 
-from hf_robust.sites import EmbeddingSite
+from hf_robust.sites import EmbeddingSite, language_model
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -31,16 +31,34 @@ def check_arguments(args: TrainingArguments) -> None:
 
 def check_processing_class(processing_class: Any) -> None:
     """
-    Refuse vision-language models, whose image positions an embedding attack does not reach.
+    Refuse processors of anything but text and images.
 
     Raises:
-        ValueError: `processing_class` is a multimodal processor.
+        ValueError: `processing_class` is a multimodal processor without a tokenizer, or one of sound.
     """
-    if isinstance(processing_class, ProcessorMixin):
+    if isinstance(processing_class, ProcessorMixin) and (
+        getattr(processing_class, "tokenizer", None) is None
+        or getattr(processing_class, "feature_extractor", None) is not None
+    ):
         raise ValueError(
-            f"`processing_class={type(processing_class).__name__}` belongs to a vision-language model; this trainer "
-            "takes text-only causal language models for now. Pass a text model and its tokenizer."
+            f"`processing_class={type(processing_class).__name__}` is no processor of text and images: this trainer takes "
+            "language models and vision-language models. Pass the model's tokenizer or processor."
         )
+
+
+def check_vision_arguments(args: Any) -> None:
+    """
+    Refuse settings that need to know which token is which word, where a processor puts images among them.
+
+    Raises:
+        ValueError: `attack_positions` or `attack_suffix_epsilon`.
+    """
+    for argument, plain in (("attack_positions", "all_prompt"), ("attack_suffix_epsilon", None)):
+        if getattr(args, argument) != plain:
+            raise ValueError(
+                f"`{argument}={getattr(args, argument)!r}` is not supported for vision-language models, whose processors put "
+                f"images among the words: use {plain!r}."
+            )
 
 
 def check_model(model: PreTrainedModel, accelerator: Accelerator) -> None:
@@ -48,12 +66,18 @@ def check_model(model: PreTrainedModel, accelerator: Accelerator) -> None:
     Refuse models and parallelisms that an embedding attack cannot work with.
 
     Raises:
-        ValueError: a vision-language model, no input embeddings, a prompt-learning adapter, or a split sequence or tensor.
+        ValueError: a model of sound, an image tower without a language model behind it, no input embeddings, a prompt-learning
+            adapter, or a split sequence or tensor.
     """
-    if any(getattr(model.config, name, None) is not None for name in ("vision_config", "audio_config")):
+    if getattr(model.config, "audio_config", None) is not None:
         raise ValueError(
-            f"`model` ({model.config.model_type}) has an image or audio tower; this trainer takes text-only causal "
-            "language models for now."
+            f"`model` ({model.config.model_type}) has an audio tower; this trainer takes language models and vision-language "
+            "models."
+        )
+    if getattr(model.config, "vision_config", None) is not None and language_model(model) is None:
+        raise ValueError(
+            f"`model` ({model.config.model_type}) has an image tower, but no language model behind it that `get_decoder()` "
+            "finds: an attack would not reach the images. Use another vision-language model."
         )
     EmbeddingSite(model)
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:

@@ -21,6 +21,7 @@ from hf_robust.attacks.soft_prompt import SoftPromptAttack
 from hf_robust.attacks.suffix import EmbeddingSuffixAttack
 from hf_robust.attacks.transfer import TransferAttack
 from hf_robust.attacks.universal import UniversalGCG
+from hf_robust.attacks.vision import APGD, PGD
 
 if TYPE_CHECKING:
     from hf_robust.attacks.diffusion import (
@@ -47,12 +48,14 @@ _DIFFUSION = (
 )
 
 __all__ = [
+    "APGD",
     "ATTACKS",
     "BEAST",
     "DIFFUSION_ATTACKS",
     "GCG",
     "P4D",
     "PAIR",
+    "PGD",
     "AttackResult",
     "BestOfN",
     "Budget",

@@ -15,7 +15,7 @@ from hf_robust.attacks.prompts import AttackPrompt, Prompt, check_counts, max_po
 from hf_robust.attacks.results import AttackResult
 from hf_robust.data.user_tokens import user_token_mask
 from hf_robust.objectives import per_row_mean, token_nll
-from hf_robust.sites import EmbeddingSite, LabelIndex, check_not_reentrant, label_logits, quiet
+from hf_robust.sites import EmbeddingSite, LabelIndex, check_not_reentrant, input_site, label_logits, quiet
 from hf_robust.threats import INITS, NORMS, check_at_least, check_choice, initial
 
 POSITIONS = ("all_prompt", "user_content")
@@ -120,8 +120,8 @@ class EmbeddingAttack:
             check_at_least("suffix_epsilon", suffix_epsilon, 0, "Use `None` for the radius of the other tokens.")
             if norm == "l2":
                 raise ValueError(
-                    f"`suffix_epsilon={suffix_epsilon!r}` needs a norm that bounds each token by itself, and `norm='l2'` bounds "
-                    "the prompt as a whole: use `norm='l2_token'` or `'linf'`."
+                    f"`suffix_epsilon={suffix_epsilon!r}` needs a norm that bounds each token by itself, and `norm='l2'` "
+                    "bounds the prompt as a whole: use `norm='l2_token'` or `'linf'`."
                 )
         self.epsilon = float(epsilon)
         self.suffix_epsilon = None if suffix_epsilon is None else float(suffix_epsilon)
@@ -150,8 +150,8 @@ class EmbeddingAttack:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     def site(self, model: nn.Module) -> Any:
-        """Where the perturbation enters: the model's input embeddings."""
-        return EmbeddingSite(model)
+        """Where the perturbation enters: the input embeddings; of a vision-language model, what its language model reads."""
+        return input_site(model)
 
     def radius(self, site: Any, suffix_mask: torch.Tensor | None = None) -> torch.Tensor | float:
         """

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from hf_robust.attacks.budget import Budget, Clock
-from hf_robust.threats import project, unit
+from hf_robust.threats import project, sparse_sign, unit
 
 STEP_RULES = ("sign", "normalized", "momentum", "adam", "rmsprop")
 KEEPS = ("best", "last")
+
+# Of the coordinates, the share that a step in an L1 ball moves: that of Tramèr & Boneh (arXiv 1904.13000)
+SPARSE_SHARE = 0.01
 
 # Float16 gradients of small losses underflow. A power of two is exact to multiply by and to undo, so it can stay on for
 # every dtype (an autocast inside the model's forward cannot be seen from here).
@@ -68,7 +71,7 @@ class StepRule:
     Args:
         name: `"sign"`; `"normalized"` (unit length in the threat model's norm); `"momentum"` (sign of an average of
             normalised gradients, decay 1.0, arXiv 1710.06081); `"adam"` (0.9, 0.999) and `"rmsprop"` (0.99), as in
-            PyTorch's optimizers.
+            PyTorch's optimizers; `"sparse_sign"` (the largest hundredth of a sample's coordinates, L1 length 1).
         norm: norm of the threat model.
         unit_length: rescale the direction to length 1 in `norm`, so that the step size is a length.
         weight_decay: multiple of the variable that is added to its gradient before the rule applies, as `weight_decay` of
@@ -87,6 +90,8 @@ class StepRule:
             direction = grad.sign()
         elif self.name == "normalized":
             return unit(grad, self.norm)
+        elif self.name == "sparse_sign":
+            return sparse_sign(grad, SPARSE_SHARE)
         elif self.name == "momentum":
             scale = grad.abs().flatten(1).mean(dim=1).view(-1, *[1] * (grad.dim() - 1))
             grad = grad / scale.clamp(min=torch.finfo(grad.dtype).tiny)
@@ -167,11 +172,50 @@ def gradient_search(
         [`SearchResult`].
     """
     rule = step_rule if isinstance(step_rule, StepRule) else StepRule(step_rule, norm, unit_length=unit_length)
+    gradients: torch.Tensor | None = None
+
+    def advance(delta: torch.Tensor, grad: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        nonlocal gradients
+        if accumulate:
+            grad = gradients = grad if gradients is None else gradients + grad
+        if rule.weight_decay:
+            grad = grad + rule.weight_decay * delta
+        moved = delta - step_size * rule(grad * mask) * mask
+        return project(moved, radius, norm) if projection is None else projection(moved)
+
+    return descend(loss_fn, delta, advance, steps=steps, keep=keep, stop_on_hit=stop_on_hit, budget=budget)
+
+
+def descend(
+    loss_fn: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]],
+    delta: torch.Tensor,
+    advance: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    *,
+    steps: int,
+    keep: str = "best",
+    stop_on_hit: bool = False,
+    budget: Budget | None = None,
+) -> SearchResult:
+    """
+    The loop of [`gradient_search`] around a step of the caller's own, which knows the losses too.
+
+    Args:
+        loss_fn: see [`gradient_search`].
+        delta: starting perturbation `[batch, ..., features]`, float32.
+        advance: takes the perturbation, the gradient of its loss (float32; zero for rows that stopped) and its loss `[batch]`,
+            and returns the next perturbation, each row by itself. Rows that stopped stay, whatever it returns for them.
+        steps: number of calls of `advance`; 0 evaluates nothing.
+        keep: see [`gradient_search`].
+        stop_on_hit: see [`gradient_search`].
+        budget: see [`gradient_search`].
+
+    Returns:
+        [`SearchResult`].
+    """
     batch = delta.shape[0]
     per_row = (batch, *[1] * (delta.dim() - 1))
     best = safe = delta.detach()
     best_loss = torch.full((batch,), math.inf, device=delta.device)
-    gradients = torch.zeros_like(delta) if accumulate else None
     active = torch.ones(batch, dtype=torch.bool, device=delta.device)
     non_finite = torch.zeros_like(active)
     hit = torch.zeros_like(active)
@@ -221,12 +265,7 @@ def gradient_search(
             non_finite = non_finite | (~grad_finite & active)
             active = active & grad_finite
             grad = torch.where(active.view(per_row), grad, torch.zeros_like(grad))
-            if gradients is not None:
-                grad = gradients = gradients + grad
-            if rule.weight_decay:
-                grad = grad + rule.weight_decay * safe
-            moved = safe - step_size * rule(grad * mask) * mask
-            moved = project(moved, radius, norm) if projection is None else projection(moved)
+            moved = advance(safe, grad, loss.detach().float())
             delta = torch.where(active.view(per_row), moved, safe)
         if stop_on_hit and not _any_process(active):
             exhausted = False

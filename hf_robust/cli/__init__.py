@@ -1,6 +1,7 @@
 """The `hf-robust` command."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -13,6 +14,9 @@ _COMMANDS = {
     "cat": ("cat", "continuous adversarial training (CATTrainer)"),
     "capo": ("capo", "continuous adversarial preference optimisation (CAPOTrainer)"),
     "noisefit": ("noisefit", "noise-augmented fine-tuning (NoiseFiTTrainer)"),
+    "advtrain": ("advtrain", "adversarial training of image and text classifiers (AdversarialTrainer)"),
+    "clip": ("clip", "robust fine-tuning of CLIP's image tower: FARE, TeCoA, PMG-AFT, Sim-CLIP (RobustCLIPTrainer)"),
+    "vlm": ("vlm", "adversarial fine-tuning of vision-language models (RobustVLMTrainer)"),
     "diffusion": ("diffusion", "fine-tuning of diffusion pipelines, plain, noisy or adversarial (DiffusionTrainer)"),
     "advunlearn": ("advunlearn", "erase concepts from a Stable Diffusion pipeline (AdvUnlearnTrainer)"),
     "evaluate": ("evaluate", "attack a model, judge what comes out: table, report, plots and model card"),
@@ -50,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 if all went well, 2 for a wrong command line.
     """
+    # Where it is installed, PEFT imports bitsandbytes, which warns on CPUs that an optional kernel is not there
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())

@@ -22,8 +22,9 @@ class EvaluateArguments:
 
     Parameters:
         model_name_or_path (`str`):
-            Folder or Hub id of a causal language model, or of an adapter that names its base. With a diffusion pipeline the
-            options are others: `hf-robust evaluate --model_name_or_path PIPELINE --help`.
+            Folder or Hub id of a causal language model, or of an adapter that names its base. With a diffusion pipeline, an
+            image classifier, CLIP or a `dataset` of images the options are others: `hf-robust evaluate --model_name_or_path
+            PIPELINE --help`.
         behaviors (`str`):
             Requests to attack: a CSV of HarmBench, AdvBench or JailbreakBench, or JSONL with `prompt`, `target`, and
             optionally `id`, `category`, `answer`.
@@ -76,7 +77,10 @@ class EvaluateArguments:
     """
 
     model_name_or_path: str = field(
-        default="", metadata={"help": "Causal language model. With a diffusion pipeline, `--help` lists other options."}
+        default="",
+        metadata={
+            "help": "Causal language model. With a diffusion pipeline or an image model, `--help` lists other options."
+        },
     )
     behaviors: str = field(
         default="", metadata={"help": "Requests to attack: HarmBench, AdvBench or JailbreakBench CSV, or JSONL."}
@@ -189,7 +193,8 @@ def read_settings(source: Any) -> dict[str, dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """
     Evaluate a model with [`~hf_robust.report.evaluate_robustness`]; a diffusion pipeline (a folder with `model_index.json`,
-    or any model with `--prompts`) is handed over to [`hf_robust.cli.evaluate_diffusion`], which has options of its own.
+    or any model with `--prompts`) is handed over to [`hf_robust.cli.evaluate_diffusion`], a model of images (an image
+    classifier, CLIP, or any model with `--dataset`) to [`hf_robust.cli.evaluate_vision`], which have options of their own.
 
     Args:
         arguments: command line after `hf-robust evaluate`.
@@ -197,11 +202,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0; 2 where the options, files or folder do not allow an evaluation; 130 after an interruption.
     """
-    from hf_robust.cli import evaluate_diffusion
+    from hf_robust.cli import evaluate_diffusion, evaluate_vision
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if evaluate_diffusion.is_wanted(arguments):
         return evaluate_diffusion.main(arguments)
+    if evaluate_vision.is_wanted(arguments):
+        return evaluate_vision.main(arguments)
     parser = TrlParser((EvaluateArguments,), prog="hf-robust evaluate")
     (options,) = parser.parse_args_and_config(args=arguments, fail_with_unknown_args=True)
     try:
@@ -271,7 +278,8 @@ def show(report: Any, folder: Path, *, peft: bool = False, pictures: Sequence[Pa
     print(f"\n{format_table(report)}\n")
     for flag in report.flags:
         print(f"Flag {flag.code}: {flag.message} {flag.remedy}")
-    files = ["report.json", "behaviors.jsonl", card.name, *(plot.name for plot in [*plots, *pictures])]
+    listed = "images.jsonl" if (folder / "images.jsonl").is_file() else "behaviors.jsonl"
+    files = ["report.json", listed, card.name, *(plot.name for plot in [*plots, *pictures])]
     print(f"Written to {folder}/: {', '.join(files)}.")
 
 

@@ -134,13 +134,14 @@ def with_prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, **extract_prompt(dict(row))}
 
 
-def check_preferences(dataset: object, name: str = "adversarial_dataset") -> str:
+def check_preferences(dataset: object, name: str = "adversarial_dataset", *, images: bool = False) -> str:
     """
     Check every row of a preference dataset before anything is computed from it; warn of rows whose answers are equal.
 
     Args:
         dataset: a map-style `datasets.Dataset`.
         name: name of the argument, for the error messages.
+        images: whether there may be some.
 
     Returns:
         `"text"` or `"messages"`: the format of all rows.
@@ -150,7 +151,7 @@ def check_preferences(dataset: object, name: str = "adversarial_dataset") -> str
         ValueError: naming argument, row, column, value and remedy.
     """
     checked = check_map_style(dataset, name)
-    check_preference_columns(checked.column_names, name)
+    check_preference_columns(checked.column_names, name, images=images)
     columns = [column for column in ("prompt", "chosen", "rejected") if column in checked.column_names]
     first_kind, same = "", []
     for index, row in enumerate(checked.select_columns(columns).with_format(None)):
@@ -169,11 +170,16 @@ def check_preferences(dataset: object, name: str = "adversarial_dataset") -> str
     return first_kind
 
 
-def check_preference_columns(columns: Sequence[str], name: str = "adversarial_dataset") -> None:
-    """Raise a `ValueError` if a required column is missing or there are images."""
+def check_preference_columns(
+    columns: Sequence[str], name: str = "adversarial_dataset", *, images: bool = False
+) -> None:
+    """Raise a `ValueError` if a required column is missing, or there are images where there may be none."""
     missing = [column for column in ("chosen", "rejected") if column not in columns]
     if missing:
         raise ValueError(f"`{name}` lacks {' and '.join(missing)}; its columns are {list(columns)}. {_FORMAT_HINT}")
-    images = [column for column in ("image", "images") if column in columns]
-    if images:
-        raise ValueError(f"`{name}` has the column {images[0]!r}, but only text is supported. Remove the column.")
+    found = [column for column in ("image", "images") if column in columns]
+    if found and not images:
+        raise ValueError(
+            f"`{name}` has the column {found[0]!r}, but `processing_class` is a tokenizer: pass a vision-language model's "
+            "processor, or remove the column."
+        )

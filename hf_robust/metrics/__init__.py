@@ -1,6 +1,7 @@
 """Figures and how far to trust them: judges of answers, `evaluate` metrics, and the arithmetic beneath."""
 
 from hf_robust.metrics.answers import ABSTENTION_PREFIXES, answer_outcome, answer_shares
+from hf_robust.metrics.class_accuracy import class_accuracies
 from hf_robust.metrics.classifier_judges import ClassifierJudge, SequenceClassifierJudge
 from hf_robust.metrics.image_judges import ImageJudge
 from hf_robust.metrics.judges import ExactJudge, Judge, StringJudge, Verdict, as_judge
@@ -24,6 +25,7 @@ __all__ = [
     "answer_shares",
     "as_judge",
     "broken_by_any",
+    "class_accuracies",
     "is_refusal",
     "load",
     "share_of",

@@ -18,12 +18,23 @@ if TYPE_CHECKING:
         few_image_finetuning,
         swap_back,
     )
+    from hf_robust.report.vision_attacks import RandomNoise, epsilon_curve
+    from hf_robust.report.vision_autoattack import PyAutoAttack
+    from hf_robust.report.vision_evaluation import evaluate_vision
+    from hf_robust.report.vision_language import evaluate_vlm
+    from hf_robust.report.vision_tasks import ZeroShotClassifier
 
-# Loaded on first use: they bring the attacks on diffusion models along
-_DIFFUSION = {
+# Loaded on first use: they bring the attacks on diffusion models and on images along
+_LATER = {
     "FewImageFinetuning": "diffusion_weight_attacks",
+    "PyAutoAttack": "vision_autoattack",
+    "RandomNoise": "vision_attacks",
     "SwapBack": "diffusion_weight_attacks",
+    "ZeroShotClassifier": "vision_tasks",
+    "epsilon_curve": "vision_attacks",
     "evaluate_diffusion": "diffusion_evaluation",
+    "evaluate_vision": "vision_evaluation",
+    "evaluate_vlm": "vision_language",
     "few_image_finetuning": "diffusion_weight_attacks",
     "swap_back": "diffusion_weight_attacks",
 }
@@ -33,10 +44,16 @@ __all__ = [
     "FewImageFinetuning",
     "Flag",
     "Measurement",
+    "PyAutoAttack",
+    "RandomNoise",
     "Report",
     "SwapBack",
+    "ZeroShotClassifier",
+    "epsilon_curve",
     "evaluate_diffusion",
     "evaluate_robustness",
+    "evaluate_vision",
+    "evaluate_vlm",
     "evaluation_card",
     "few_image_finetuning",
     "find_flags",
@@ -49,10 +66,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _DIFFUSION:
+    if name in _LATER:
         import importlib
 
-        return getattr(importlib.import_module(f"{__name__}.{_DIFFUSION[name]}"), name)
+        return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -22,10 +22,14 @@ _ADVERSARIAL = ("cat", "capo")
 # What of the data decides on a figure, besides the prompts
 _STATED = (
     "batch_size", "max_new_tokens", "dtype", "bits", "task", "concept", "num_inference_steps", "guidance_scale", "original",
+    "classes_digest", "sanity_images", "images",
 )  # fmt: skip
 
 # Which list of prompts a figure is over, where it is not the behaviours
-DATA_OF = {"over_refusal": "harmless", "utility": "utility", "perplexity": "perplexity_texts"}
+DATA_OF = {
+    "over_refusal": "harmless", "utility": "utility", "perplexity": "perplexity_texts",
+    "accuracy": "images", "robust_accuracy": "images", "worst_class_accuracy": "images", "disparity": "images",
+}  # fmt: skip
 
 
 def model_card(report: Report, *, plot: str | None = None, peft: bool = True) -> str:
@@ -120,7 +124,7 @@ def evaluation_card(
         "## Threat model and training",
         _settings(report.training) or "The evaluation was told nothing of the training.",
         "## Figures",
-        "Shares of prompts with 95 % Wilson intervals, where the figure is a share. Attack success: lower is better.",
+        "Shares with 95 % Wilson intervals, where the figure is a share. Attack success: lower is better.",
         format_table(report, markdown=True),
         "\n\n".join(f"![{PurePath(plot).stem.replace('_', ' ')}]({PurePath(plot).name})" for plot in plots),
         "## Flags",
@@ -237,6 +241,10 @@ def not_run(report: Report) -> list[str]:
     """
     from hf_robust.attacks.registry import ATTACKS
 
+    if _task(report) == _IMAGES and not report.attacks:  # nothing was evaluated, so no evaluation has made the list
+        from hf_robust.attacks.diffusion import DIFFUSION_ATTACKS
+
+        return [name for name in DIFFUSION_ATTACKS if name != "no_attack"]
     if _task(report) != _TEXT:  # attacks on language models do not apply
         return list(dict.fromkeys(report.not_run))
     run = {settings.get("attack", name) for name, settings in report.attacks.items()}
@@ -258,7 +266,11 @@ def threat(settings: dict[str, Any]) -> str:
         return f"{settings.get('num_steps')} training steps on {settings.get('num_images')} pictures of the concept"
     parts = []
     if settings.get("epsilon") is not None:
-        absolute = f"in units of the {'hidden states' if settings.get('attack') == 'latent' else 'embeddings'}"
+        absolute = (
+            f"in {settings['space']}"
+            if "space" in settings
+            else f"in units of the {'hidden states' if settings.get('attack') == 'latent' else 'embeddings'}"
+        )
         unit = "× mean embedding norm" if settings.get("epsilon_relative") else absolute
         norm = f", norm {settings['norm']}" if settings.get("norm") else ""
         parts.append(

@@ -25,12 +25,17 @@ def plot_evaluation(report: Report, folder: str | os.PathLike[str]) -> list[Path
     Returns:
         Those written, in this order: `attack_success.png` (by attack, with 95 % intervals), `success_by_budget.png` (against
         forwards spent on a behaviour), `losses.png` (mean loss by step of each search), `refusals.png` (refusals of
-        harmful requests, over-refusal and utility; of a model that draws, `utility.png` instead).
+        harmful requests, over-refusal and utility; of a model that draws, `utility.png` instead). Of an image model those of
+        [`~hf_robust.report.vision_plots.plot_vision`].
 
     Raises:
         ImportError: matplotlib is missing; the message says how to install it.
     """
     folder = Path(folder)
+    if any(m.metric == "robust_accuracy" for m in report.measurements):
+        from hf_robust.report.vision_plots import plot_vision
+
+        return plot_vision(report, folder)
     pictures = {
         "attack_success.png": _success(report),
         "success_by_budget.png": _budget(report),

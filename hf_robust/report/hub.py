@@ -20,7 +20,9 @@ CARD_MARKER = "<!-- hf_robust: this card is written anew with the model. Delete 
 CARD_BESIDE = "README_hf_robust.md"
 _BEGIN, _END = "<!-- hf_robust report: begin -->", "<!-- hf_robust report: end -->"
 # What an evaluation leaves that its report and card refer to
-RESULTS = ("behaviors.jsonl", "harmless.jsonl", "utility.jsonl", "perplexity_texts.jsonl", "*.png")
+RESULTS = (
+    "behaviors.jsonl", "harmless.jsonl", "utility.jsonl", "perplexity_texts.jsonl", "images.jsonl", "*.png",
+)  # fmt: skip
 
 
 class HubPushError(RuntimeError):

@@ -16,6 +16,10 @@ METRIC_NAMES = {
     "pre_attack_success_rate": "success before any attack",
     "perplexity": "perplexity",
     "cost_per_success": "cost per success",
+    "accuracy": "accuracy",
+    "robust_accuracy": "robust accuracy",
+    "worst_class_accuracy": "accuracy of the worst class",
+    "disparity": "disparity",
 }
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 HOLDS, FAILS, UNCHECKED = "holds", "FAILS", "not checkable"
 
 # More is better for users and for whoever wants harmful requests refused; of everything else less is better.
-_HIGHER_IS_BETTER = ("refusal", "utility")
+_HIGHER_IS_BETTER = ("refusal", "utility", "accuracy", "robust_accuracy", "worst_class_accuracy")
 _CHECKED = (
     "attack_success_rate", "attack_success_rate_any", "pre_attack_success_rate", "refusal", "over_refusal", "utility",
     "perplexity",
@@ -79,7 +79,8 @@ def verify(
 
     Args:
         model_id: folder or Hub id with the card (`README.md`) and, unless `model` is given, the model or adapter.
-        behaviors: file of the attacked behaviours. Default: `behaviors.jsonl` beside the card.
+        behaviors: file of the attacked behaviours. Default: `behaviors.jsonl` beside the card. Of an image model: the dataset,
+            a folder or Hub id with the columns `image` and `label` (or `question` and `answer`).
         limit: use the first `limit` prompts of each list only.
         model: model to measure, a folder or Hub id of one, or a loaded model. Default: the one beside the card.
         tokenizer: of a loaded `model`.
@@ -102,11 +103,15 @@ def verify(
         raise ValueError(f"`limit={limit!r}` must be at least 1, or None for all prompts.")
     source = ModelFiles(model_id, revision)
     claims = read_claims(source)
-    kind = Plan
+    from hf_robust.report.vision_verify import VISION_TASKS, VisionPlan
+
+    kind: type[Plan] = Plan
     if any(claim.args.get("task") == "text-to-image" for claim in claims):
         from hf_robust.report.diffusion_verify import DiffusionPlan
 
         kind = DiffusionPlan
+    elif any(claim.args.get("task") in VISION_TASKS for claim in claims):
+        kind = VisionPlan
     plan = kind(claims, source, behaviors, limit, judge, base_model)
     if not any(plan.reason(claim) is None for claim in claims):
         return [ClaimCheck(claim, None, UNCHECKED, plan.reason(claim) or "") for claim in claims]

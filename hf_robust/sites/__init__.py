@@ -3,16 +3,22 @@
 from hf_robust.sites.embeddings import EmbeddingSite
 from hf_robust.sites.hidden_states import HiddenStateSite, decoder_layers, record_hidden_states
 from hf_robust.sites.label_head import LabelIndex, label_logits
+from hf_robust.sites.language_input import LanguageInputSite, input_site, language_model
+from hf_robust.sites.pixels import PixelUnits
 from hf_robust.sites.quiet import check_not_reentrant, keep_differentiable, quiet
 
 __all__ = [
     "EmbeddingSite",
     "HiddenStateSite",
     "LabelIndex",
+    "PixelUnits",
+    "LanguageInputSite",
     "check_not_reentrant",
     "decoder_layers",
+    "input_site",
     "keep_differentiable",
     "label_logits",
+    "language_model",
     "quiet",
     "record_hidden_states",
 ]

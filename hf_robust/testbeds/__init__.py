@@ -9,11 +9,18 @@ if TYPE_CHECKING:
     from .chat import ChatTestbed
     from .chat_language import ChatBehavior, ChatVerdict, judge
     from .chat_training import ChatRecipe
+    from .clip import CLIPTestbed
+    from .clip_training import CLIPRecipe
     from .diffusion import DiffusionTestbed
     from .diffusion_recipe import DiffusionRecipe
+    from .digits import DigitsTestbed
+    from .digits_training import DigitsRecipe
     from .facts import FactsTestbed
     from .facts_language import FactQuestion
     from .facts_training import FactsRecipe
+    from .vlm import VLMTestbed
+    from .vlm_language import VisualQuestion
+    from .vlm_training import VLMRecipe
 
 _HOMES = {
     "ChatTestbed": "chat",
@@ -21,23 +28,37 @@ _HOMES = {
     "ChatVerdict": "chat_language",
     "judge": "chat_language",
     "ChatRecipe": "chat_training",
+    "CLIPTestbed": "clip",
+    "CLIPRecipe": "clip_training",
     "DiffusionTestbed": "diffusion",
     "DiffusionRecipe": "diffusion_recipe",
+    "DigitsTestbed": "digits",
+    "DigitsRecipe": "digits_training",
     "FactsTestbed": "facts",
     "FactQuestion": "facts_language",
     "FactsRecipe": "facts_training",
+    "VLMTestbed": "vlm",
+    "VisualQuestion": "vlm_language",
+    "VLMRecipe": "vlm_training",
 }
 
 __all__ = [
+    "CLIPRecipe",
+    "CLIPTestbed",
     "ChatBehavior",
     "ChatRecipe",
     "ChatTestbed",
     "ChatVerdict",
     "DiffusionRecipe",
     "DiffusionTestbed",
+    "DigitsRecipe",
+    "DigitsTestbed",
     "FactQuestion",
     "FactsRecipe",
     "FactsTestbed",
+    "VLMRecipe",
+    "VLMTestbed",
+    "VisualQuestion",
     "judge",
 ]
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from hf_robust.noise import NoisePolicy
+from tests.adversarial_data import adversarial_trainer, tiny_classifier
 from tests.diffusion_helpers import tiny_pipeline
 from tests.diffusion_trainer_data import diffusion_trainer, image_rows, text_lora, unet_lora
 from tests.helpers import tiny_model
 from tests.noise_data import hold_noise
+from tests.test_robust_clip import clip_trainer, tiny_clip
 from tests.trainer_data import (
     adversarial_rows,
     break_when_perturbed,
@@ -27,6 +29,7 @@ from tests.trainer_data import (
     train,
     utility_rows,
 )
+from tests.vlm_data import answered_images, llava_processor, preferred_images, tiny_llava, vlm_trainer
 
 CHECKPOINTING = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
 # Utility rows of a window are 8: these fractions make 1, 3 and 4 adversarial rows
@@ -89,6 +92,31 @@ def _diffusion(given: Any = None, **args: Any) -> Any:
     return build
 
 
+def _classifier(name: str = "vit", model: Any = None, **args: Any) -> Any:
+    def build(folder: str, batch: int) -> Any:
+        size = batch // args.get("gradient_accumulation_steps", 1)
+        settings = {"per_device_train_batch_size": size, "num_replays": 2, **args}
+        return adversarial_trainer(tiny_classifier(name, **(model or {})), folder, **settings)
+
+    return build
+
+
+def _clip(**args: Any) -> Any:
+    return lambda folder, batch: clip_trainer(tiny_clip(), folder, per_device_train_batch_size=batch, **args)
+
+
+def _vlm(**args: Any) -> Any:
+    return lambda folder, batch: vlm_trainer(tiny_llava(), folder, per_device_train_batch_size=batch, **args)
+
+
+def _cat_images(folder: str, batch: int) -> Any:
+    rows = {
+        "train_dataset": answered_images(), "adversarial_dataset": preferred_images(images=[1, 2]),
+        "processing_class": llava_processor(),
+    }  # fmt: skip
+    return cat_trainer(tiny_llava(), folder, rows, **_scaled(batch, {"adversarial_fraction": THREE}))
+
+
 def _adapters() -> dict[str, Any]:
     return {"peft_config": {"unet": unet_lora(), "text_encoder": text_lora()}}
 
@@ -124,6 +152,16 @@ CELLS: dict[str, Callable[[str, int], Any]] = {
     "capo-checkpointing": _capo(**CHECKPOINTING),
     "capo-lora-checkpointing": _capo_lora(**CHECKPOINTING),
     "capo-broken": _broken(capo_trainer, "train_dataset", **ONE_STEP),
+    "cat-images": _cat_images,
+    "classifier-pgd": _classifier(gradient_accumulation_steps=2),
+    "classifier-trades": _classifier(loss_type="trades", epsilon_schedule="linear"),
+    "classifier-kl-dro": _classifier(loss_type="mart", sample_weighting="kl_dro", clean_weight=0.2),
+    "classifier-free": _classifier(loss_type="free_at"),
+    "classifier-grad-align": _classifier(model={"attn_implementation": "eager"}, loss_type="grad_align"),
+    "classifier-freelb": _classifier("bert", loss_type="freelb"),
+    "clip-fare": _clip(),
+    "clip-pmg-aft": _clip(loss_type="pmg_aft", learning_rate=1e-3),
+    "vlm-both": _vlm(perturbation="both", pixel_epsilon=0.1, embedding_epsilon=0.3),
     "noisefit": _noisefit(_noise(0)),
     "noisefit-accumulated": _noisefit(_noise(0), gradient_accumulation_steps=2),
     "noisefit-calibrated": _noisefit(version="v2", noise_distribution="gaussian"),

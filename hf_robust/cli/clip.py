@@ -1,0 +1,47 @@
+"""`hf-robust clip`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoProcessor
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+
+from hf_robust.cli.arguments import finish
+from hf_robust.cli.images import load_rows
+from hf_robust.trainers import RobustCLIPConfig, RobustCLIPTrainer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Train with [`~hf_robust.trainers.RobustCLIPTrainer`]. Beside the trained tower, `vision_tower/` is the plain vision model
+    and `clip/` the whole CLIP.
+
+    Args:
+        arguments: command line after `hf-robust clip`.
+
+    Returns:
+        Exit status.
+    """
+    parser = TrlParser((ScriptArguments, RobustCLIPConfig, ModelConfig), prog="hf-robust clip")
+    script_args, training_args, model_args = parser.parse_args_and_config(args=arguments, fail_with_unknown_args=True)
+    if model_args.model_name_or_path is None:
+        parser.error("--model_name_or_path is required: a folder or a Hub id of a CLIP model")
+    if script_args.dataset_name is None:
+        parser.error("--dataset_name is required: rows of `image` and, for tecoa and pmg_aft, `labels`")
+    evaluates = str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no"
+    trainer = RobustCLIPTrainer(
+        model_args.model_name_or_path,
+        training_args,
+        train_dataset=load_rows(script_args, script_args.dataset_train_split, script_args.dataset_streaming),
+        eval_dataset=load_rows(script_args, script_args.dataset_test_split, False) if evaluates else None,
+        processing_class=AutoProcessor.from_pretrained(
+            model_args.model_name_or_path, revision=model_args.model_revision
+        ),
+        peft_config=get_peft_config(model_args),
+    )
+    finish(trainer, script_args, training_args)
+    folder = Path(training_args.output_dir)
+    trainer.save_vision_tower(folder / "vision_tower")
+    if trainer.clip is not None:
+        trainer.save_clip(folder / "clip")
+    return 0

@@ -1,0 +1,181 @@
+"""Images of an evaluation: rows of a dataset as behaviours, batches of pixels, and a fingerprint."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hf_robust.data.behavior import Behavior
+
+_LABELS = ("labels", "label")
+_QUESTIONS = ("question", "prompt", "text")
+_ANSWERS = ("answer", "caption", "completion")
+
+
+class Images:
+    """
+    Images by id, made to pixel values batch by batch.
+
+    Args:
+        dataset: sequence of mappings with `image` (PIL, or an array that the processor takes) or `pixel_values`
+            (`[channels, height, width]`).
+        image_processor: makes pixel values of `image`; not needed where rows hold `pixel_values`.
+
+    Raises:
+        ValueError: no rows, or a row without an image.
+    """
+
+    def __init__(self, dataset: Any, image_processor: Any = None):
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
+            raise ValueError(f"`dataset` ({type(dataset).__name__}) must have rows, found by number: at least one.")
+        self._dataset, self._processor = dataset, image_processor
+        self._places: dict[str, int] = {}
+        columns = set(self.row(0))
+        self._column = next((name for name in ("pixel_values", "image") if name in columns), None)
+        if self._column is None:
+            raise ValueError(f"Rows of `dataset` need `image` or `pixel_values`; they have {sorted(columns)}.")
+        if self._column == "image" and image_processor is None:
+            raise ValueError(
+                "`image_processor=None`, but the rows of `dataset` hold `image`: give the model's processor."
+            )
+
+    def row(self, place: int) -> Mapping[str, Any]:
+        """A row of the dataset."""
+        return self._dataset[place]
+
+    def pictures(self, behaviors: Sequence[Behavior]) -> list[Any]:
+        """The images of some rows, as a processor takes them."""
+        return [_as_rgb(self.row(self._places[b.id])[str(self._column)]) for b in behaviors]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def add(self, behavior_id: str, place: int) -> None:
+        """Name a row."""
+        self._places[behavior_id] = place
+
+    def pixel_values(self, behaviors: Sequence[Behavior], device: Any = "cpu") -> torch.Tensor:
+        """
+        Pixel values of some images, float32.
+
+        Args:
+            behaviors: which.
+            device: of the result.
+
+        Returns:
+            `[batch, channels, height, width]`.
+
+        Raises:
+            ValueError: an image that the processor makes something else of.
+        """
+        found = self.pictures(behaviors)
+        if self._column == "image":
+            pixels = self._processor(images=found, return_tensors="pt")["pixel_values"]
+        else:
+            pixels = torch.stack([torch.as_tensor(image, dtype=torch.float32) for image in found])
+        pixels = torch.as_tensor(pixels)
+        if pixels.dim() != 4 or len(pixels) != len(behaviors):
+            raise ValueError(
+                f"The images have `pixel_values` of shape {list(pixels.shape)}, not [batch, channels, height, width]: patches "
+                "and tiles are not attacked here. Attack the image that they are cut from."
+            )
+        return pixels.to(device=device, dtype=torch.float32)
+
+    def digest(self, behaviors: Sequence[Behavior], batch_size: int) -> str:
+        """
+        SHA-256 of ids, labels and pixel values, as hexadecimal digits.
+
+        Args:
+            behaviors: the rows of an evaluation.
+            batch_size: images at once.
+        """
+        found = hashlib.sha256()
+        for start in range(0, len(behaviors), batch_size):
+            batch = behaviors[start : start + batch_size]
+            # Sixteen bits of a pixel, so that another build of the same library gives the same
+            pixels = (self.pixel_values(batch) * 4096).round().to(torch.int32)
+            for behavior, image in zip(batch, pixels, strict=True):
+                found.update(f"{behavior.id}\0{behavior.prompt}\0{behavior.answer}\0{list(image.shape)}\0".encode())
+                found.update(image.contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+
+def labelled_images(dataset: Any, images: Images, class_names: Sequence[str]) -> tuple[list[Behavior], list[int]]:
+    """
+    Rows of a classification dataset.
+
+    Args:
+        dataset: rows with `labels` (or `label`): numbers of classes, or their names.
+        images: of the same dataset; gets the rows' names.
+        class_names: by number.
+
+    Returns:
+        A behaviour for each row (id, class name as `category` and `answer`), and the labels.
+
+    Raises:
+        ValueError: a row without label, or a label out of range.
+    """
+    behaviors, labels = [], []
+    for place in range(len(dataset)):
+        row = dataset[place]
+        column = next((name for name in _LABELS if name in row), None)
+        if column is None:
+            raise ValueError(f"`dataset[{place}]` has no `labels` or `label`; it has {sorted(row)}.")
+        value = row[column]
+        if isinstance(value, str):
+            value = class_names.index(value) if value in class_names else -1
+        label = int(value)
+        if not 0 <= label < len(class_names):
+            raise ValueError(
+                f"`dataset[{place}]` has the {column[:5]} {row[column]!r}, but the model has {len(class_names)} classes "
+                f"({', '.join(map(repr, class_names[:5]))}{', …' if len(class_names) > 5 else ''}): map the labels to the "
+                "model's numbers."
+            )
+        name = f"image_{place}"
+        images.add(name, place)
+        behaviors.append(Behavior(id=name, prompt="", category=class_names[label], answer=class_names[label]))
+        labels.append(label)
+    return behaviors, labels
+
+
+def questioned_images(dataset: Any, images: Images) -> list[Behavior]:
+    """
+    Rows of a question-answering or captioning dataset.
+
+    Args:
+        dataset: rows with `question` (or `prompt`, `text`) and `answer` (or `caption`, `completion`): text, or a conversation
+            of one message; a captioning dataset may leave the question out.
+        images: of the same dataset; gets the rows' names.
+
+    Raises:
+        ValueError: a row without an answer.
+    """
+    behaviors = []
+    for place in range(len(dataset)):
+        row = dataset[place]
+        answer = _text(next((row[name] for name in _ANSWERS if row.get(name) is not None), None))
+        question = _text(next((row[name] for name in _QUESTIONS if row.get(name) is not None), ""))
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"`dataset[{place}]` has no `answer` that is text; it has {sorted(row)}.")
+        name, kind = f"image_{place}", row.get("category")
+        images.add(name, place)
+        behaviors.append(
+            Behavior(id=name, prompt=str(question), category=None if kind is None else str(kind), answer=answer)
+        )
+    return behaviors
+
+
+def _text(value: Any) -> Any:
+    """The text of a conversation's last message, its images aside; anything else as it is."""
+    if not isinstance(value, list) or not value or not isinstance(value[-1], Mapping):
+        return value
+    content = value[-1].get("content")
+    if isinstance(content, list):
+        return " ".join(part["text"] for part in content if isinstance(part, Mapping) and part.get("text"))
+    return content
+
+
+def _as_rgb(image: Any) -> Any:
+    """A picture in grey or with a palette as processors take it."""
+    return image.convert("RGB") if hasattr(image, "convert") and image.mode != "RGB" else image

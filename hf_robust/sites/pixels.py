@@ -1,0 +1,167 @@
+"""Pixels as a perturbation site: raw [0, 1] pixels and the units of `pixel_values`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_robust.threats import check_at_least
+
+
+class PixelUnits:
+    """
+    What an image processor makes of raw pixels: `pixel_values = (raw * scale - mean) / std` for each channel.
+
+    Radii, steps and the box are always those of raw pixels in [0, 1]; this class says what they are in `pixel_values`.
+
+    Args:
+        image_processor: image processor of transformers, or a processor that holds one. Its `image_mean` and `image_std` hold
+            where it normalises, its `rescale_factor` (times 255) where it rescales. `None`: `pixel_values` are raw.
+        channels: number of channels.
+
+    Attributes:
+        low: `[channels, 1, 1]` float32, what a raw 0 is in `pixel_values`.
+        high: `[channels, 1, 1]` float32, what a raw 1 is.
+
+    Raises:
+        ValueError: mean and std do not match the channels, or a std is not positive.
+
+    Example:
+
+    ```python
+    >>> units = PixelUnits(image_processor)
+    >>> units.radius(8 / 255)  # one number for each channel
+    ```
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def __init__(self, image_processor: Any = None, *, channels: int = 3):
+        processor = getattr(image_processor, "image_processor", image_processor)
+        self.channels = channels
+        scale, mean, std = 1.0, [0.0] * channels, [1.0] * channels
+        if getattr(processor, "do_normalize", False):
+            mean = self._per_channel(processor, "image_mean")
+            std = self._per_channel(processor, "image_std")
+            if min(std) <= 0:
+                raise ValueError(f"`image_processor.image_std={std!r}` must be positive: pixels are divided by it.")
+        if getattr(processor, "do_rescale", False):
+            scale = 255.0 * float(processor.rescale_factor)
+            if abs(scale - 1) < 1e-6:
+                scale = 1.0
+            if getattr(processor, "rescale_offset", False):  # as in EfficientNet: images are moved to [-1, 1]
+                mean = [value + 1.0 for value in mean]
+        self.is_raw = scale == 1.0 and not any(mean) and set(std) == {1.0}
+        self._mean = torch.tensor(mean).view(-1, 1, 1)
+        self._std = torch.tensor(std).view(-1, 1, 1)
+        self._scale = scale
+        self.low = self.from_raw(torch.zeros(channels, 1, 1))
+        self.high = self.from_raw(torch.ones(channels, 1, 1))
+
+    def _per_channel(self, processor: Any, name: str) -> list[float]:
+        given = getattr(processor, name, None)
+        if isinstance(given, int | float):
+            given = [given] * self.channels
+        if not isinstance(given, Sequence) or len(given) != self.channels:
+            raise ValueError(
+                f"`image_processor.{name}={given!r}` must have one number for each of the {self.channels} channels of "
+                "`pixel_values`: use the processor that made them."
+            )
+        return [float(value) for value in given]
+
+    def radius(self, eps: float) -> torch.Tensor:
+        """
+        A radius of raw pixels in `pixel_values`.
+
+        Args:
+            eps: in raw [0, 1] pixels, such as 8/255.
+
+        Returns:
+            `[channels, 1, 1]` float32.
+        """
+        return eps * self._scale / self._std
+
+    def to_raw(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Raw pixels. Where `pixel_values` are raw already, they come back as they are, bit for bit.
+
+        Args:
+            pixel_values: `[..., channels, height, width]` float.
+        """
+        if self.is_raw:
+            return pixel_values
+        return (pixel_values * self._std.to(pixel_values) + self._mean.to(pixel_values)) / self._scale
+
+    def from_raw(self, raw: torch.Tensor) -> torch.Tensor:
+        """
+        `pixel_values` of raw pixels, the inverse of [`to_raw`].
+
+        Args:
+            raw: `[..., channels, height, width]` float in [0, 1].
+        """
+        if self.is_raw:
+            return raw
+        return (raw * self._scale - self._mean.to(raw)) / self._std.to(raw)
+
+    def check(self, pixel_values: torch.Tensor, epsilon: float, norm: str = "linf") -> None:
+        """
+        Raise a `ValueError` that says what is wrong with images or radius. Waits for the device once.
+
+        Args:
+            pixel_values: `[batch, ..., channels, height, width]` float.
+            epsilon: radius in raw pixels.
+            norm: of the ball: an L∞ radius of 1 already holds every image.
+
+        Raises:
+            ValueError: not a float tensor, another number of channels than the processor's, NaN, pixels outside the raw
+                range, or a radius given in 255ths.
+        """
+        check_epsilon(epsilon, norm)
+        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+            kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+            raise ValueError(
+                f"`pixel_values` is {kind}: give a float tensor, of raw pixels in [0, 1] (bytes divided by 255) or as the "
+                "image processor returns it."
+            )
+        shape = tuple(pixel_values.shape)
+        if len(shape) < 4 or shape[-3] != self.channels:
+            raise ValueError(
+                f"`pixel_values` has shape {shape}: expected [batch, {self.channels}, height, width], with one mean and std "
+                "of the image processor for each channel."
+            )
+        if pixel_values.numel() == 0:
+            return
+        raw = self.to_raw(pixel_values.detach().float())
+        smallest, largest = torch.stack([*raw.aminmax()]).tolist()
+        if not (abs(smallest) < float("inf") and abs(largest) < float("inf")):  # NaN and infinities fail both
+            raise ValueError("`pixel_values` holds NaN or infinite pixels: look for a broken image or augmentation.")
+        # Half precision rounds normalised pixels by this much
+        slack = max(1e-3, 2 * torch.finfo(pixel_values.dtype).eps)
+        if smallest < -slack or largest > 1 + slack:
+            remedy = (
+                "Divide bytes by 255."
+                if largest > 10
+                else "If they are normalised, pass the `image_processor` that normalised them."
+                if self.is_raw
+                else "Pass the `image_processor` that made them; raw pixels must go through it first."
+            )
+            raise ValueError(
+                f"`pixel_values` lies in [{smallest:.4g}, {largest:.4g}] in raw pixels, outside [0, 1]. {remedy}"
+            )
+
+
+def check_epsilon(epsilon: float, norm: str = "linf") -> None:
+    """
+    Raise a `ValueError` unless a radius can be one of raw [0, 1] pixels.
+
+    Args:
+        epsilon: radius.
+        norm: `"linf"`, `"l2"` or `"l1"`.
+    """
+    check_at_least("epsilon", epsilon, 0, "Give it in raw pixels, such as 8/255; 0 switches the attack off.")
+    if norm == "linf" and epsilon > 1:
+        raise ValueError(
+            f"`epsilon={epsilon!r}` is in raw pixels, which lie in [0, 1], so that 1 already allows any image: "
+            f"write {epsilon:g}/255 for {epsilon:g} grey levels."
+        )
