@@ -5,8 +5,9 @@ never seen the shape, under three attackers and a best-of-N control.
     python examples/erasing.py [--concept circle] [--seed 0] [--output_dir runs/erasing]
 
 The diffusion testbed's pipeline (16 × 16 pixels, 5 shapes) is trained on the spot and kept in the cache, its judge too. ESD and
-AdvUnlearn train the text encoder on the same prompts with the same settings; ESD is AdvUnlearn with its attack turned off. The
-oracle is trained by the original's recipe without the shape.
+AdvUnlearn train the text encoder on the same prompts with the same settings; ESD is AdvUnlearn with its attack turned off (it
+retains the other shapes too, which the published ESD does not). The oracle is trained by the original's recipe without the
+shape.
 
 The attack budget is reduced: UnlearnDiffAtk has 3 tokens and 5 timesteps × 20 iterations (published: 50 × 40),
 concept inversion 200 steps of 8 pictures, the embedding attack 20 steps, and best-of-N random prefixes as many pictures as

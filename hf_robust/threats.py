@@ -56,6 +56,13 @@ def _norms(delta: torch.Tensor, norm: str) -> torch.Tensor:
     return delta.abs().amax(dim=dims, keepdim=True)
 
 
+def _on_device(number: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A number as a tensor of the dtype and on the device of another. Filled in there: copying it there would be waited for."""
+    if isinstance(number, torch.Tensor):
+        return number.to(like)
+    return torch.full((), number, dtype=like.dtype, device=like.device)
+
+
 def project(delta: torch.Tensor, radius: torch.Tensor | float, norm: str) -> torch.Tensor:
     """
     Nearest point of the ball of the given radius.
@@ -69,7 +76,7 @@ def project(delta: torch.Tensor, radius: torch.Tensor | float, norm: str) -> tor
     Returns:
         Tensor of the shape of `delta`.
     """
-    radius = torch.as_tensor(radius, dtype=delta.dtype, device=delta.device)
+    radius = _on_device(radius, delta)
     if norm == "linf":
         return torch.maximum(torch.minimum(delta, radius), -radius)
     if norm == "l1":
@@ -100,8 +107,7 @@ def project_box(
         Tensor of the shape of `delta`.
     """
     if norm == "l1":
-        radius = torch.as_tensor(radius, dtype=delta.dtype, device=delta.device)
-        return _project_l1(delta, radius, torch.where(delta < 0, -low, high))
+        return _project_l1(delta, _on_device(radius, delta), torch.where(delta < 0, -low, high))
     return torch.maximum(torch.minimum(project(delta, radius, norm), high), low)
 
 
@@ -180,7 +186,7 @@ def sparse_sign(direction: torch.Tensor, share: torch.Tensor | float) -> torch.T
     """
     size = direction.flatten(1).abs()
     count = size.shape[1]
-    kept = (torch.as_tensor(share, device=size.device) * count).long().clamp(1, count).reshape(-1, 1)
+    kept = (_on_device(share, size) * count).long().clamp(1, count).reshape(-1, 1)
     smallest = size.sort(dim=1, descending=True).values.gather(1, (kept - 1).expand(size.shape[0], 1))
     signs = torch.where(size >= smallest, direction.flatten(1).sign(), 0.0)
     return (signs / signs.abs().sum(dim=1, keepdim=True).clamp(min=1)).view_as(direction)

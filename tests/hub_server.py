@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -91,7 +92,8 @@ class HubServer:
         """Make a commit that holds exactly these files; its id."""
         with self._lock:
             commits = self.repos[repo_id]["branches"].setdefault(branch, [])
-            sha = hashlib.sha1(f"{repo_id} {branch} {len(commits)}".encode()).hexdigest()
+            # Never the same twice: the client's cache takes a commit that it knows for granted, also another server's
+            sha = hashlib.sha1(f"{repo_id} {branch} {len(commits)} {uuid.uuid4()}".encode()).hexdigest()
             commits.append(sha)
             self.commits[sha] = files
             return sha

@@ -54,7 +54,7 @@ class RecordingSite(EmbeddingSite):
 @pytest.fixture
 def outer_deltas(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     monkeypatch.setattr(RecordingSite, "added", [])
-    monkeypatch.setattr(cat, "EmbeddingSite", RecordingSite)
+    monkeypatch.setattr(cat, "input_site", RecordingSite)
     return RecordingSite.added
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_robust.objectives import symmetric_kl
 from hf_robust.objectives.adversarial_training import (
@@ -20,6 +19,7 @@ from hf_robust.objectives.adversarial_training import (
     vat_kl,
     weat_weights,
 )
+from hf_robust.sites.pixels import check_epsilon
 from hf_robust.trainers.adversarial_checks import check_arguments, check_data, check_parallelism, inputs_of
 from hf_robust.trainers.adversarial_config import AdversarialConfig
 from hf_robust.trainers.adversarial_evaluation import RobustEvaluation, without_labels
@@ -151,9 +151,9 @@ class AdversarialTrainer(RobustEvaluation):
         return self._search.scaled(share)
 
     @property
-    def current_epsilon(self) -> float:
-        """Radius of the next step, in the unit of `epsilon`."""
-        return self._current_search().epsilon
+    def full_epsilon(self) -> float:
+        """Radius that the schedule ends at, in the unit of `epsilon`."""
+        return self._epsilon
 
     def _seeds(self, rows: int, step: int) -> list[int]:
         """A seed for each row: a function of its place in the window, however that is split over processes."""
@@ -337,28 +337,6 @@ class AdversarialTrainer(RobustEvaluation):
             found = load_file(self._replay_file(checkpoint))
             self._replayed = {int(place): delta.to(self.args.device) for place, delta in found.items()}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_renamed(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_renamed(self.state.best_model_checkpoint)
-
-    def _load_renamed(self, folder: str) -> None:
-        """
-        Load the weights that the parent left out. transformers 5.23 saves ViT and others under the names of older versions, and
-        its Trainer, which does not translate them back, warns and goes on with the weights it had. To be removed once resuming
-        and `load_best_model_at_end` of a ViT restore its layers.
-        """
-        path = Path(folder) / "model.safetensors"
-        if not isinstance(self.model, PreTrainedModel) or not path.is_file():
-            return
-        with safe_open(path, framework="pt") as file:
-            renamed = set(file.keys()) - set(self.model.state_dict())
-        if renamed:
-            self.model.load_state_dict(type(self.model).from_pretrained(folder, config=self.model.config).state_dict())
-
     def _replay_file(self, folder: str) -> Path:
         return Path(folder) / f"free_at_delta_{self.accelerator.process_index}.safetensors"
 
@@ -407,10 +385,12 @@ class AdversarialTrainer(RobustEvaluation):
             )
         if not isinstance(self._inputs, ImageInputs):
             return
+        largest = max(self._epsilon, self.args.eval_epsilon or 0.0)
+        check_epsilon(largest, self._norm)  # also where no row can be looked at: 8 for 8/255 would be no bound at all
         for rows in (dataset, self.eval_dataset):
             if hasattr(rows, "__len__") and not isinstance(rows, dict) and "pixel_values" in (row := rows[0]):
                 pixels = torch.as_tensor(row["pixel_values"]).unsqueeze(0)
-                self._inputs.units.check(pixels, max(self._epsilon, self.args.eval_epsilon or 0.0), self._norm)
+                self._inputs.units.check(pixels, largest, self._norm)
 
 
 def _repeat(inputs: dict[str, Any], count: int) -> dict[str, Any]:

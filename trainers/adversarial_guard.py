@@ -48,7 +48,8 @@ class CollapseGuard(TrainerCallback):
             return
         if self._batches is None:
             self._batches = self._rows()
-        share = self.trainer.robust_share(self._batches, self.trainer.current_epsilon)
+        # At the full radius, also on the way up to it: shares at a growing radius fall without a collapse
+        share = self.trainer.robust_share(self._batches, self.trainer.full_epsilon)
         best = max((entry[ACCURACY] for entry in state.log_history if ACCURACY in entry), default=None)
         self.trainer.log({ACCURACY: share})
         if best is None or share >= best - args.collapse_threshold:

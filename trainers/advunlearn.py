@@ -118,7 +118,8 @@ class AdvUnlearnTrainer(DiffusionTrainer):
         self.latent_bank: LatentBank | None = None
         if self._concept_pool.size:
             encoders: list[nn.Module] = list(self.model.text_encoders)
-            digest = "" if self.args.latent_bank_dir is None else weights_digest(self.model.unet, *encoders)
+            kept = self.args.latent_bank_dir is not None
+            digest = self._digest(weights_digest(self.model.unet, *encoders)) if kept else ""
             self.latent_bank = LatentBank(
                 [pool for pool in (self._concept_pool, self._retain_pool) if pool is not None],
                 digest=digest,
@@ -126,6 +127,12 @@ class AdvUnlearnTrainer(DiffusionTrainer):
                 chunk=self.args.latent_bank_batch_size,
             )
         self._bank_generation: int | None = None
+        iterations = self.args.max_steps // (2 if self.args.retain_mode == "step" else 1)
+        if not self.denoising_attack.is_off and 0 < iterations <= self.args.attack_warmup_steps:
+            logger.warning(
+                "`attack_warmup_steps=%d` with %d iterations: nothing is ever attacked, which is ESD. Lower it.",
+                *(self.args.attack_warmup_steps, iterations),
+            )
 
     # ---- Data ----
 
@@ -140,7 +147,10 @@ class AdvUnlearnTrainer(DiffusionTrainer):
         self._retained: list[str] = []
         if args.retain_weight:
             given = args.retain_prompts
-            named = [*(args.concepts or ()), *(row["concept"] for row in train_rows if row["concept"])]
+            # Where nobody names a concept, the words of the prompts are what is erased
+            known = args.concepts or ()
+            said = [row["concept"] or ("" if known else row["text"]) for row in train_rows]
+            named = [*known, *(words for words in said if words)]
             one_source = len(given) == 1 and (given[0] == OBJECTS or given[0].endswith((".txt", ".json", ".csv")))
             self._retained = load_retain_prompts(
                 given[0] if one_source else given, concepts=named, exclude_words=args.retain_exclude_words or ()
@@ -184,6 +194,11 @@ class AdvUnlearnTrainer(DiffusionTrainer):
             concepts = make("concept", self._prompts.prompts, told, paired=True, size=of_concepts)
             if not retained:
                 return concepts, None
+            if of_retained and of_retained < retained:
+                logger.warning(
+                    "`latent_bank_size=%d` holds %d of the %d retain prompts: the others are never trained on. Use %d or more.",
+                    *(bank_size, of_retained, retained, 2 * retained),
+                )
             kept = self._encode(self._retain_ids)
             return concepts, make("retain", self._retained, kept, paired=False, size=of_retained)
 
@@ -194,6 +209,13 @@ class AdvUnlearnTrainer(DiffusionTrainer):
         return Conditioning.cat([self.model.encode([t[start : start + _CHUNK] for t in ids]) for start in starts])
 
     # ---- The bank ----
+
+    def _digest(self, weights: str) -> str:
+        """What the stored items depend on beside the pools' settings: weights, schedule, tokens and precision."""
+        schedule = {k: str(v) for k, v in dict(self.model.scheduler.config).items() if not k.startswith("_")}
+        ids = [*self._prompts.clean, *(self._retain_ids if self._retained else ())]
+        tokens = [tensor.tolist() for tensor in ids]
+        return repr((weights, sorted(schedule.items()), tokens, self.accelerator.mixed_precision))
 
     def fill_latent_bank(self, step: int = 0) -> None:
         """
@@ -303,7 +325,7 @@ class AdvUnlearnTrainer(DiffusionTrainer):
     def _attacked(
         self, inner: "DiffusionModel", embeddings: torch.Tensor | None, mask: torch.Tensor
     ) -> contextlib.AbstractContextManager[None]:
-        """Put the attacked rows' embeddings in their places until the end of the step; other rows stay as they are."""
+        """Put the attacked rows' embeddings in their places in forwards inside the context; other rows stay as they are."""
         if embeddings is None:
             return contextlib.nullcontext()
         from hf_robust.diffusion import TextTokenSite

@@ -40,7 +40,8 @@ class AdvUnlearnConfig(DiffusionConfig):
             η: how far the target lies on the other side of the unconditional prediction.
         retain_prompts (`list[str]`, defaults to `["objects"]`):
             What is to be kept: prompts; one path of a .txt, .json or .csv file; or `"objects"`, "a photo of {object}" over
-            built-in names, those that share a word with a concept left out.
+            built-in names, those that share a word with a concept (with a training prompt, where no concept is named) left
+            out.
         retain_exclude_words (`list[str]`, *optional*):
             Further words that drop a built-in object.
         retain_weight (`float`, defaults to `1.0`):
@@ -76,8 +77,8 @@ class AdvUnlearnConfig(DiffusionConfig):
             Its guidance scale.
         latent_bank_size (`int`, *optional*):
             Latents that are drawn beforehand, with the frozen UNet's predictions, half of them for the concepts and half to
-            retain. Default: 1024 while the UNet is frozen. 0 draws all anew, as the released code does; with the UNet in
-            training there is no other way.
+            retain; a half that is smaller than the list of retain prompts holds the first of them only. Default: 1024 while
+            the UNet is frozen. 0 draws all anew, as the released code does; with the UNet in training there is no other way.
         latent_bank_batch_size (`int`, defaults to `16`):
             Latents drawn together.
         latent_bank_refresh_steps (`int`, defaults to `0`):

@@ -1,5 +1,6 @@
 """Prompts that [`AdvUnlearnTrainer`] erases, with the places of the attacked tokens; checked before training starts."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,8 @@ def erased_rows(dataset: Iterable[Any] | None, concepts: Sequence[str] | None) -
     Training rows as `{"text": prompt, "concept": concept}`.
 
     Args:
-        dataset: rows with a `text`, and a `concept` where it is not the one of `concepts` that the text holds; strings are
-            texts; `None`: the concepts are the prompts.
+        dataset: rows with a `text`, and a `concept` where it is not the (longest) one of `concepts` that the text holds as
+            whole words; strings are texts; `None`: the concepts are the prompts.
         concepts: what is erased.
 
     Raises:
@@ -36,13 +37,19 @@ def erased_rows(dataset: Iterable[Any] | None, concepts: Sequence[str] | None) -
                 f"`train_dataset`, row {place} has `text={text!r}`: give a prompt that draws what is to be erased."
             )
         if concept is None:
-            concept = next((c for c in concepts or () if c.strip().lower() in text.lower()), None)
+            concept = _concept_in(text, concepts or ())
         rows.append({"text": text.strip(), "concept": concept})
     if not rows:
         raise ValueError(
             "`train_dataset` is empty: give rows with a `text`, or leave it out to train on the `concepts`."
         )
     return rows
+
+
+def _concept_in(text: str, concepts: Sequence[str]) -> str | None:
+    """The longest of the concepts that a text holds as whole words, in any case."""
+    found = [c for c in concepts if re.search(rf"(?<!\w){re.escape(c.strip())}(?!\w)", text, re.IGNORECASE)]
+    return max(found, key=len, default=None)
 
 
 class ErasedPrompts:

@@ -97,7 +97,7 @@ class CardTrainer(Trainer):
             self._weights_since = time.time()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The parent's loading; of a whole vision-language model by the names that it was saved under."""
+        """The parent's loading; of a whole model by the names that it was saved under."""
         plain = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
         if not (plain and restore_renamed(self.model if model is None else model, resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

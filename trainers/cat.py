@@ -167,7 +167,8 @@ class CATTrainer(CardTrainer, SFTTrainer):
                     f"`attack_suffix_epsilon={self.args.attack_suffix_epsilon!r}`: the random tokens cannot be located in rows "
                     f"{missing[:5]} of `{name}` (slow tokenizer, or a chat template that changes them). Leave it unset."
                 )
-            if not any(any(mask) for mask in dataset["suffix_mask"]):
+            # Rows to be evaluated may do without
+            if name == "adversarial_dataset" and not any(any(mask) for mask in dataset["suffix_mask"]):
                 raise ValueError(
                     f"`attack_suffix_epsilon={self.args.attack_suffix_epsilon!r}`: no row of `{name}` has random tokens behind "
                     "its prompt. Put them there with `hf_robust.data.with_random_suffixes` (`--random_suffix_share` on the "

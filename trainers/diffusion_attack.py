@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from hf_robust.diffusion.model import DiffusionModel
 
 SITES = ("tokens", "conditioning")
-# Vocabulary rows looked up at a time: bounds the copy to a few megabytes whatever the vocabulary
-_CHUNK = 4096
 
 
 class DenoisingAttack:

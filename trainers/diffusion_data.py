@@ -119,14 +119,20 @@ class NumberedRows(torch.utils.data.Dataset):
 
 
 class NumberedStream(torch.utils.data.IterableDataset):
-    """As [`NumberedRows`] for rows that are streamed: numbered in the order in which they come."""
+    """
+    As [`NumberedRows`] for rows that are streamed: numbered in the order in which they come; with several workers of a
+    loader, each of which reads rows of its own, so that no two have the same number.
+    """
 
     def __init__(self, rows: Any, image_column: str, caption_column: str):
         self.rows, self.image_column, self.caption_column = rows, image_column, caption_column
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        first, every = (0, 1) if worker is None else (worker.id, worker.num_workers)
         for place, row in enumerate(self.rows):
-            yield {"image": row.get(self.image_column), "text": row.get(self.caption_column), "row": place}
+            number = first + every * place
+            yield {"image": row.get(self.image_column), "text": row.get(self.caption_column), "row": number}
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the epoch on, by which a stream is shuffled anew."""

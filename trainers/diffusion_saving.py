@@ -123,11 +123,13 @@ class PipelineSaving(Trainer):
             if not place.is_dir():
                 raise ValueError(f"`resume_from_checkpoint={str(folder)!r}` holds no {ADAPTERS_FOLDER}/{name}.")
             result = adapter.load_adapter(str(place), "default", is_trainable=True)
-            if result.unexpected_keys:
-                raise ValueError(
-                    f"{place} has weights that the adapter lacks: {', '.join(result.unexpected_keys[:3])}. Resume with the "
-                    "`peft_config` of the first run."
-                )
+            for what, keys in (("has", result.unexpected_keys), ("lacks", result.missing_keys)):
+                if keys:
+                    other = "lacks" if what == "has" else "has"
+                    raise ValueError(
+                        f"{place} {what} weights that the adapter {other}: {', '.join(keys[:3])}. Resume with the "
+                        "`peft_config` of the first run."
+                    )
         if self.adapters:
             return
         trained = [name for name in inner.part_names if any(p.requires_grad for p in inner.part(name).parameters())]

@@ -219,7 +219,7 @@ class LatentBank:
 
     Args:
         pools: with a `size` each.
-        digest: of the model's weights, see [`weights_digest`].
+        digest: of the model: its weights (see [`weights_digest`]), and what else of it the items depend on.
         folder: where the bank is kept; `None`: in memory only.
         chunk: items computed together.
     """

@@ -56,10 +56,11 @@ def with_random_suffixes(
 
     def add(row: dict, index: int) -> dict:
         prompt = row.get(column, "")
-        if isinstance(prompt, str) or not any(message["role"] == "user" for message in prompt):
+        users = [] if isinstance(prompt, str) else [message for message in prompt if message["role"] == "user"]
+        if not users or not isinstance(users[-1]["content"], str):
             raise ValueError(
                 f"`{column}` of row {index} is not a conversation with a user message, so that nothing says where a suffix "
-                "would go: give conversational rows, or `share=0`."
+                "would go: give conversational rows whose `content` is text, or `share=0`."
             )
         if draw.random() >= share:
             return {**row, SUFFIX_COLUMN: ""}

@@ -1,5 +1,6 @@
 """Preference rows with images in the prompt: rendered once, their images processed batch by batch."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,9 @@ def _render(
             }
         except ValueError as error:
             raise ValueError(f"Row {index} of `{name}`: {error}") from None
-        texts = apply_chat_template(parts, processor)
+        tools = row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        texts = apply_chat_template(parts, processor, tools=tools, **(row.get("chat_template_kwargs") or {}))
         content = answer[-1].get("content")
         if isinstance(content, list):
             answer = " ".join(str(block.get("text") or "") for block in content)

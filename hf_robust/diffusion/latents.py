@@ -145,11 +145,16 @@ class LatentSpace:
 
     @contextlib.contextmanager
     def _vae_in_range(self) -> Iterator[Any]:
-        # SDXL's VAE overflows in float16 and says so in its config
+        # SDXL's VAE overflows in float16, under autocast too, and says so in its config
         vae: Any = self.vae
-        upcast = bool(getattr(vae.config, "force_upcast", False)) and next(vae.parameters()).dtype == torch.float16
+        wide, weight = bool(getattr(vae.config, "force_upcast", False)), next(vae.parameters())
+        upcast, kind = wide and weight.dtype == torch.float16, weight.device.type
+        half = wide and torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         try:
-            yield vae.float() if upcast else vae
+            with contextlib.ExitStack() as stack:
+                if half:
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+                yield vae.float() if upcast else vae
         finally:
             if upcast:
                 vae.half()

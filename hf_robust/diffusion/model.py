@@ -256,14 +256,17 @@ class DiffusionModel(LatentSpace, nn.Module):
         The VAE, tokenizers and scheduler, which never change, are shared.
 
         Args:
-            share_unet: share the UNet too, instead of a second one in memory: for training that leaves it alone. Items
-                that pass it are then counted in both models at once.
+            share_unet: share the UNet too, instead of a second one in memory: for training that leaves it alone. It keeps
+                its mode, and items that pass it are then counted in both models at once.
         """
         memo: dict[int, Any] = {id(part): part for part in (self.vae, self.scheduler, *self.tokenizers)}
         memo.update({id(part): part for part in self._others.values() if part is not None})
         if share_unet:
             memo.update({id(self.unet): self.unet, id(self._items): self._items})
+        modes = [(module, module.training) for module in self.unet.modules()]
         copied = copy.deepcopy(self, memo).eval()
+        for module, mode in modes:  # a shared UNet is in this model's mode
+            module.training = mode
         for name, parameter in copied.named_parameters():
             if not (share_unet and name.startswith("unet.")):
                 parameter.requires_grad_(False)

@@ -9,8 +9,8 @@ from hf_robust.report.evaluation_records import Row
 from hf_robust.report.flags import failed_behaviors, success_falls_with_budget, weaker_than_one_step
 from hf_robust.report.report import Flag, Measurement, Report
 
-# Registry names of the attacks that search nothing
-CONTROLS = ("none", "no_attack", "empty_prompt", "random_prefix")
+# Registry names of the attacks that search no prompt
+CONTROLS = ("none", "no_attack", "random_prefix", "swap_back", "few_image_finetuning")
 RANDOM = "random_prefix"
 
 # The original should show the concept in as many pictures, and a model that never knew it in no more than so many

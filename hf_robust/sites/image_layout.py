@@ -92,9 +92,10 @@ class ImageLayout:
         if self._kind == "images" or not self._as_images:
             return self._values + torch.stack(list(deltas)) * self._unit
         tiles = torch.stack([self._tile(delta, size) for delta, size in zip(deltas, self._sizes, strict=True)])
-        # The image itself is not known, so its box is held where the model looks
-        moved = (self._values + tiles * self._unit).clamp(self._low, self._high)
-        return torch.where(tiles == 0, self._values, moved)
+        # The image itself is not known, so its box is held where the model looks. Rounding may leave a value just outside:
+        # where it is stays allowed, and keeps its gradient
+        low, high = torch.minimum(self._values, self._low), torch.maximum(self._values, self._high)
+        return (self._values + tiles * self._unit).clamp(low, high)
 
     def _split(self) -> list[torch.Tensor]:
         """What `pixel_values` hold of each image, in raw pixels."""

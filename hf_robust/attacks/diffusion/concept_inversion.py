@@ -148,3 +148,5 @@ class ConceptInversion(DiffusionAttack):
         hits = run.judge_pictures(rows, conditioning=slots.encode(rows, values), embeddings=values)
         for row, hit in zip(rows, hits, strict=True):
             run.results[row].budget_exhausted = row in out_of_budget and not hit
+            if hit:  # counts, however learning ended
+                run.results[row].error = None

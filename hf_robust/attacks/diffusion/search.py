@@ -173,7 +173,7 @@ class GradientAttack(DiffusionAttack):
         for place, row in enumerate(active):
             result = run.results[row]
             result.losses += found.losses[:, place].tolist()
-            if found.non_finite[place]:
+            if found.non_finite[place] and not hits[place]:  # a hit counts, however its search ended
                 result.error = "the loss or its gradient is not finite: the search of this prompt ended there."
             result.budget_exhausted = found.exhausted and not hits[place]
             if not hits[place] and not found.exhausted and not found.non_finite[place]:
