@@ -8,6 +8,7 @@ import torch
 from hf_robust.objectives import (
     LOSS_MODES,
     NoiseLossWeights,
+    branch_divergences,
     consistency_kl,
     noise_loss_weights,
     noisefit_loss,
@@ -140,3 +141,25 @@ def test_r_drop_and_symmetric_kl_by_hand():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_divergences_at_once_are_those_one_by_one(version: str, temperature: float, dtype: torch.dtype):
+    torch.manual_seed(0)
+    logits = [torch.randn(5, 7).to(dtype).requires_grad_() for _ in range(3)]
+    kind = {"temperature": temperature, "version": version}
+    noisy, between = branch_divergences(*logits, **kind)
+    clean, first, second = logits
+    expected = 0.5 * (teacher_kl(clean, first, **kind) + teacher_kl(clean, second, **kind))
+    torch.testing.assert_close(noisy, expected)
+    torch.testing.assert_close(between, consistency_kl(first, second, **kind))
+    found = torch.autograd.grad((noisy + 0.3 * between).sum(), logits, allow_unused=True)
+    wanted = torch.autograd.grad(
+        (expected + 0.3 * consistency_kl(first, second, **kind)).sum(), logits, allow_unused=True
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-2)

@@ -19,7 +19,7 @@ from trl import SFTTrainer
 from hf_robust.noise import POLICY_FILE, NoisePolicy, calibrate, choose_by_snr, layer_names, plot_policy
 from hf_robust.noise.prefix import shared_depth, shared_prefix, sharing_reason
 from hf_robust.objectives import token_nll
-from hf_robust.objectives.noise import consistency_kl, symmetric_kl, teacher_kl
+from hf_robust.objectives.noise import branch_divergences, consistency_kl, symmetric_kl, teacher_kl
 from hf_robust.sites import LabelIndex, label_logits
 from hf_robust.trainers.attack_arguments import take_over
 from hf_robust.trainers.card import CardTrainer
@@ -308,10 +308,13 @@ class NoiseFiTTrainer(CardTrainer, SFTTrainer):
                 values["clean_ce"] = token_nll(branches[0], targets).sum()
         if "noisy_ce" in self._terms:
             values["noisy_ce"] = 0.5 * (token_nll(branches[-2], targets) + token_nll(branches[-1], targets)).sum()
-        if "noisy_kl" in self._terms:
+        if {"noisy_kl", "consistency_kl"} <= self._terms.keys():
+            noisy, between = branch_divergences(clean, first, second, **kind)
+            values["noisy_kl"], values["consistency_kl"] = noisy.sum(), between.sum()
+        elif "noisy_kl" in self._terms:
             pair = [teacher_kl(clean, noisy, **kind).sum() for noisy in (first, second)]
             values["noisy_kl"] = 0.5 * (pair[0] + pair[1])
-        if "consistency_kl" in self._terms:
+        elif "consistency_kl" in self._terms:
             values["consistency_kl"] = consistency_kl(first, second, **kind).sum()
         if "rdrop_kl" in self._terms:
             values["rdrop_kl"] = symmetric_kl(first, second).sum()

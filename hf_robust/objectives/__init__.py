@@ -16,6 +16,7 @@ from hf_robust.objectives.language_modeling import kl_divergence, per_row_mean, 
 from hf_robust.objectives.noise import (
     LOSS_MODES,
     NoiseLossWeights,
+    branch_divergences,
     consistency_kl,
     noise_loss_weights,
     noisefit_loss,
@@ -25,6 +26,7 @@ from hf_robust.objectives.noise import (
 )
 
 __all__ = [
+    "branch_divergences",
     "LOSS_MODES",
     "NoiseLossWeights",
     "away_loss",

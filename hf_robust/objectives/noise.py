@@ -1,6 +1,7 @@
 """Losses of noise-augmented fine-tuning, from the logits of a clean and two noisy branches."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -102,6 +103,72 @@ def consistency_kl(
     if version == "v1":
         return kl_divergence(first, second)
     return temperature**2 * kl_divergence(first.float() / temperature, second.detach().float() / temperature)
+
+
+def branch_divergences(
+    clean: torch.Tensor, first: torch.Tensor, second: torch.Tensor, *, temperature: float = 1.0, version: str = "v2"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    ½[KL(p‖q₁) + KL(p‖q₂)] and KL(q₂‖q₁) at once: [`teacher_kl`] and [`consistency_kl`] with one softmax for each branch
+    instead of six, and gradients in closed form (once: there is no second derivative).
+
+    Args:
+        clean: `[N, V]` logits, any floating dtype; everything is computed in float32.
+        first: `[N, V]` logits of the first noisy branch.
+        second: `[N, V]` logits of the second.
+        temperature: see [`teacher_kl`].
+        version: see [`teacher_kl`] and [`consistency_kl`].
+
+    Returns:
+        The two divergences, `[N]` float32 each, in nats.
+    """
+    _check(temperature, version)
+    detached = version != "v1"
+    return _Divergences.apply(clean, first, second, temperature, temperature if detached else 1.0, detached)
+
+
+class _Divergences(torch.autograd.Function):
+    """The divergences with their gradients in closed form: three probabilities are kept instead of a dozen steps."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        clean: torch.Tensor,
+        first: torch.Tensor,
+        second: torch.Tensor,
+        teacher: float,
+        sides: float,
+        cut: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        p, one, two = _log_probs(clean, teacher), _log_probs(first, sides), _log_probs(second, sides)
+        probs, other = p.exp(), two.exp()
+        to_teacher = torch.lerp(one, two, 0.5).neg_().add_(p)  # log p - ½ log q₁ - ½ log q₂
+        between = two - one
+        noisy, consistency = (probs * to_teacher).sum(dim=-1), (other * between).sum(dim=-1)
+        # Gradients to the teacher and to the target of the second divergence, where they are wanted
+        extra = [] if cut else [to_teacher, between, noisy, consistency]
+        ctx.save_for_backward(probs, one.exp_(), other, *extra)
+        ctx.teacher, ctx.sides, ctx.dtypes = teacher, sides, (clean.dtype, first.dtype, second.dtype)
+        return sides**2 * noisy, sides**2 * consistency
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        probs, one, two, *extra = ctx.saved_tensors
+        noisy, consistency = (ctx.sides * grad.unsqueeze(-1) for grad in grads)
+        pull = 0.5 * noisy
+        to_first = (pull + consistency) * one - pull * probs - consistency * two
+        to_second, to_clean = pull * (two - probs), None
+        if extra:
+            to_teacher, between, mean, other_mean = extra
+            to_clean = noisy / ctx.teacher * probs * (to_teacher - mean.unsqueeze(-1))
+            to_second = to_second + consistency * two * (between - other_mean.unsqueeze(-1))
+            to_clean = to_clean.to(ctx.dtypes[0])
+        return to_clean, to_first.to(ctx.dtypes[1]), to_second.to(ctx.dtypes[2]), None, None, None
+
+
+def _log_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = logits.float()
+    return (logits if temperature == 1 else logits / temperature).log_softmax(dim=-1)
 
 
 def noisefit_loss(
