@@ -297,9 +297,13 @@ class NoiseFiTTrainer(CardTrainer, SFTTrainer):
             unshifted = torch.cat([labels] * self._branches).flatten().ne(-100).nonzero().flatten()
             index = dataclasses.replace(index, flat=torch.cat([index.flat, unshifted]))
         logits = label_logits(model, index, **inputs)
-        branches = compared = logits[: len(index.targets)].unflatten(0, (self._branches, size))
-        if not shifted:
-            compared = logits[len(index.targets) :].unflatten(0, (self._branches, len(unshifted) // self._branches))
+        # Unbound, not indexed: the backward of an index fills a tensor of all branches with zeros, for each of them
+        if shifted:
+            branches = compared = logits.unflatten(0, (self._branches, size)).unbind()
+        else:
+            own, others = logits.split([len(index.targets), len(unshifted)])
+            branches = own.unflatten(0, (self._branches, size)).unbind()
+            compared = others.unflatten(0, (self._branches, len(unshifted) // self._branches)).unbind()
         clean, first, second = compared[0], compared[-2], compared[-1]
         kind: dict[str, Any] = {"temperature": args.temperature, "version": args.version}
         values: dict[str, torch.Tensor] = {}
