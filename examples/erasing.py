@@ -118,7 +118,7 @@ def draw_grid(testbed: DiffusionTestbed, concept: str, models: dict[str, Diffusi
     figure = Figure(figsize=(1.3 * len(prompts), 1.5 * len(models) + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(models), len(prompts), squeeze=False)
-    for row, (name, model) in zip(axes, models.items(), strict=True):
+    for number, (row, (name, model)) in enumerate(zip(axes, models.items(), strict=True)):
         images = generate(
             model,
             prompts,
@@ -132,7 +132,7 @@ def draw_grid(testbed: DiffusionTestbed, concept: str, models: dict[str, Diffusi
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-            if row is axes[0]:
+            if number == 0:
                 axis.set_title("\n".join(textwrap.wrap(prompt, 20)), fontsize=6)
         row[0].set_ylabel(name, fontsize=8)
     figure.savefig(path, dpi=120)
