@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from seeds import cell, mean_interval
 from transformers import default_data_collator
 
 from hf_robust.attacks.vision import APGD
@@ -47,8 +48,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "MART": {"loss_type": "mart"},
 }
 CURVE = (0.25, 0.5, 1.0, 1.5, 2.0)  # multiples of ε
-# 0.975 quantiles of Student's t by number of seeds; more than 10 take the last, which is on the safe side
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @contextmanager
@@ -132,21 +131,6 @@ def measure(testbed: DigitsTestbed, model, settings: dict[str, Any]) -> dict[str
     return figures
 
 
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds and half the width of its 95 % interval (Student's t); NaN for the latter with one seed."""
-    mean, count = sum(values) / len(values), len(values)
-    if count < 2:
-        return mean, math.nan
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    return mean, STUDENT.get(count, STUDENT[10]) * spread
-
-
-def cell(values: list[float]) -> str:
-    """Mean ± half-width of its interval, in percent."""
-    mean, half = mean_interval(values)
-    return f"{mean:.1%}" if math.isnan(half) else f"{mean:.1%} ± {half:.1%}"
-
-
 def table(groups: dict[str, list[dict]]) -> str:
     """One row a method, as Markdown: mean ± half a 95 % interval over seeds; last, "robust" less PGD-AT's, seed by seed."""
     columns = ["clean", "robust", "APGD-CE", "APGD-T"]
@@ -157,10 +141,10 @@ def table(groups: dict[str, list[dict]]) -> str:
     base = {row["seed"]: row["figures"]["robust"] for row in groups.get("PGD-AT", [])}
     for method, rows in groups.items():
         forward = sum(row["rows_forward"] for row in rows) / len(rows)
-        cells = [cell([row["figures"][column] for row in rows]) for column in columns]
+        cells = [cell([row["figures"][column] for row in rows], ".1%") for column in columns]
         less = "–"
         if method != "PGD-AT" and all(row["seed"] in base for row in rows):
-            less = cell([row["figures"]["robust"] - base[row["seed"]] for row in rows])
+            less = cell([row["figures"]["robust"] - base[row["seed"]] for row in rows], ".1%")
         row_cells = [method, str(len(rows)), str(rows[0]["steps"]), f"{forward:,.0f}", *cells, less]
         lines.append("| " + " | ".join(row_cells) + " |")
     return "\n".join(lines)

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from real_text import build_model, build_tokenizer, fine_tune
+from seeds import cell, mean_interval
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -74,8 +75,6 @@ COLUMNS = {
         "calibration error, test": "test/calibration",
     },
 }
-# 0.975 quantiles of Student's t by number of seeds; more than 10 take the last, which is on the safe side
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 @contextmanager
@@ -189,24 +188,6 @@ def run(world: Facts | QA, settings: dict[str, Any], folder: Path) -> dict[str, 
     seconds = round(time.perf_counter() - start)
     return {**settings, "figures": flat(world.measure(model)), "rows": {k: round(v) for k, v in rows.items()},
             "seconds": seconds}  # fmt: skip
-
-
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds and half the width of its 95 % interval (Student's t); NaN for the latter with one seed."""
-    mean, count = sum(values) / len(values), len(values)
-    if count < 2:
-        return mean, math.nan
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    return mean, STUDENT.get(count, STUDENT[10]) * spread
-
-
-def cell(values: list[float | None]) -> str:
-    """Mean ± half-width of its interval; a dash where there is nothing."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return "–"
-    mean, half = mean_interval(known)
-    return f"{mean:.2f}" if math.isnan(half) else f"{mean:.2f} ± {half:.2f}"
 
 
 def table(groups: dict[tuple[str, str], list[dict]], columns: dict[str, str]) -> str:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from seeds import cell, mean_interval
 from transformers import CLIPVisionModel
 
 from hf_robust.attacks.vision import APGD, PGD
@@ -40,8 +41,6 @@ COLUMNS = {
     "LLaVA, seen": "vlm seen",
     "LLaVA, unseen": "vlm unseen",
 }
-# 0.975 quantiles of Student's t by number of seeds; more than 10 take the last, which is on the safe side
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def robust_tower(testbed: CLIPTestbed, settings: dict[str, Any], folder: Path):
@@ -139,32 +138,19 @@ def run(clip_testbed: CLIPTestbed, vlm_testbed: VLMTestbed, settings: dict[str, 
     return {**settings, "figures": figures, "seconds": seconds}
 
 
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds and half the width of its 95 % interval (Student's t); NaN for the latter with one seed."""
-    mean, count = sum(values) / len(values), len(values)
-    if count < 2:
-        return mean, math.nan
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    return mean, STUDENT.get(count, STUDENT[10]) * spread
-
-
-def cell(values: list[float]) -> str:
-    """Mean ± half-width of its interval, in percent."""
-    mean, half = mean_interval(values)
-    return f"{mean:.1%}" if math.isnan(half) else f"{mean:.1%} ± {half:.1%}"
-
-
 def table(groups: dict[str, list[dict]]) -> str:
     """One row a tower, as Markdown; last, FARE's figures less TeCoA's, seed by seed."""
     kinds = [(title, key, kind) for title, key in COLUMNS.items() for kind in ("clean", "robust")]
     lines = ["| tower | seeds | " + " | ".join(f"{title}: {kind}" for title, _, kind in kinds) + " |"]
     lines.append("|" + "---|" * (len(kinds) + 2))
     for method, rows in groups.items():
-        cells = [cell([row["figures"][key][kind] for row in rows]) for _, key, kind in kinds]
+        cells = [cell([row["figures"][key][kind] for row in rows], ".1%") for _, key, kind in kinds]
         lines.append(f"| {method} | {len(rows)} | " + " | ".join(cells) + " |")
     pairs = list(zip(groups.get("FARE", []), groups.get("TeCoA", []), strict=False))
     if pairs:
-        cells = [cell([a["figures"][key][kind] - b["figures"][key][kind] for a, b in pairs]) for _, key, kind in kinds]
+        cells = [
+            cell([a["figures"][key][kind] - b["figures"][key][kind] for a, b in pairs], ".1%") for _, key, kind in kinds
+        ]
         lines.append(f"| FARE less TeCoA | {len(pairs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

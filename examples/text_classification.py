@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from seeds import cell, mean_interval
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
@@ -76,8 +77,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "VAT": {"loss_type": "vat", "vat_xi": 1e-2},
 }
 COLUMNS = {"clean": "clean", "embedding PGD": "embedding", "word swaps": "swaps"}
-# 0.975 quantiles of Student's t by number of seeds; more than 10 take the last, which is on the safe side
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 # The reviews
@@ -255,21 +254,6 @@ def run(tokenizer, settings: dict[str, Any], options: argparse.Namespace) -> dic
 # Table and plot
 
 
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean over seeds and half the width of its 95 % interval (Student's t); NaN for the latter with one seed."""
-    mean, count = sum(values) / len(values), len(values)
-    if count < 2:
-        return mean, math.nan
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    return mean, STUDENT.get(count, STUDENT[10]) * spread
-
-
-def cell(values: list[float]) -> str:
-    """Mean ± half-width of its interval, in percent."""
-    mean, half = mean_interval(values)
-    return f"{mean:.1%}" if math.isnan(half) else f"{mean:.1%} ± {half:.1%}"
-
-
 def table(groups: dict[str, list[dict]]) -> str:
     """One row a method, as Markdown: figures, and their difference from plain fine-tuning's, seed by seed."""
     head = ["method", "seeds", "steps", "rows forward", *COLUMNS, *(f"{title}: less plain's" for title in COLUMNS)]
@@ -277,10 +261,10 @@ def table(groups: dict[str, list[dict]]) -> str:
     plain = {row["seed"]: row["figures"] for row in groups.get("plain", [])}
     for method, rows in groups.items():
         forward = sum(row["rows_forward"] for row in rows) / len(rows)
-        cells = [cell([row["figures"][key] for row in rows]) for key in COLUMNS.values()]
+        cells = [cell([row["figures"][key] for row in rows], ".1%") for key in COLUMNS.values()]
         for key in COLUMNS.values():
             known = method != "plain" and all(row["seed"] in plain for row in rows)
-            cells.append(cell([row["figures"][key] - plain[row["seed"]][key] for row in rows]) if known else "–")
+            cells.append(cell([row["figures"][key] - plain[row["seed"]][key] for row in rows], ".1%") if known else "–")
         lines.append(
             "| " + " | ".join([method, str(len(rows)), str(rows[0]["steps"]), f"{forward:,.0f}", *cells]) + " |"
         )
