@@ -4,6 +4,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -30,9 +31,29 @@ def check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
     raise ValueError(f"`{argument}={value!r}` is unknown; choose one of {', '.join(map(repr, choices))}.{hint}")
 
 
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number that float32 (or int64) has room for; NaN is not."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    largest = 2**63 - 1 if isinstance(value, numbers.Integral) else torch.finfo(torch.float32).max
+    return is_real and bool(abs(value) <= largest)
+
+
+def check_number(argument: str, value: object, remedy: str) -> None:
+    """
+    Raise a `ValueError` unless `value` is a finite number (of float32, whose largest is 3.4e38).
+
+    Args:
+        argument: name of the argument as the user wrote it.
+        value: what the user gave.
+        remedy: one sentence that says what to do instead.
+    """
+    if not _is_number(value):
+        raise ValueError(f"`{argument}={value!r}` must be a finite number. {remedy}")
+
+
 def check_at_least(argument: str, value: float | int, minimum: float | int, remedy: str) -> None:
     """
-    Raise a `ValueError` unless `value` is a finite number that is at least `minimum`.
+    Raise a `ValueError` unless `value` is a finite number (of float32, whose largest is 3.4e38) that is at least `minimum`.
 
     Args:
         argument: name of the argument as the user wrote it.
@@ -40,8 +61,22 @@ def check_at_least(argument: str, value: float | int, minimum: float | int, reme
         minimum: smallest accepted value.
         remedy: one sentence that says what to do instead.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < minimum:
+    if not _is_number(value) or value < minimum:
         raise ValueError(f"`{argument}={value!r}` must be a number that is at least {minimum}. {remedy}")
+
+
+def check_count(argument: str, value: object, minimum: int, remedy: str) -> None:
+    """
+    Raise a `ValueError` unless `value` is a whole number (1.0 is none) that is at least `minimum`.
+
+    Args:
+        argument: name of the argument as the user wrote it.
+        value: what the user gave.
+        minimum: smallest accepted value.
+        remedy: one sentence that says what to do instead.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
+        raise ValueError(f"`{argument}={value!r}` must be a whole number that is at least {minimum}. {remedy}")
 
 
 def _norms(delta: torch.Tensor, norm: str) -> torch.Tensor:

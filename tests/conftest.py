@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_INVARIANCE):
             item.add_marker(pytest.mark.invariance)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many cases the fuzzing tests ran; what a test records comes here from the processes of xdist, too."""
+    total: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, tally in report.user_properties:
+            if name == "fuzzing":
+                total.update(tally)
+    if total:
+        terminalreporter.write_line(
+            f"fuzzing: {sum(total.values())} cases, {total['step']} finished a step, {total['refused']} gave a clear error"
+        )
 
 
 @pytest.fixture(autouse=True)

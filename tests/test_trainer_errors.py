@@ -1,5 +1,6 @@
 """Bad input is refused in the constructors, with the argument, the value and the remedy in the message."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,15 @@ from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig
 from transformers import ProcessorMixin
 
-from hf_robust import CAPOConfig, CATConfig, CATTrainer
+from hf_robust import (
+    AdversarialConfig,
+    CAPOConfig,
+    CATConfig,
+    CATTrainer,
+    NoiseFiTConfig,
+    RobustCLIPConfig,
+    UnlearnConfig,
+)
 from hf_robust.trainers.card import CardTrainer
 from tests.helpers import tiny_model
 from tests.trainer_data import (
@@ -155,6 +164,49 @@ def test_unknown_names_come_with_the_nearest_known_one(
 ):
     with refused(f"`{name}='{value}'`", f"(mean|nearest)[^.?]*{nearest}"):
         config(**settings(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value"),
+    [
+        (CATConfig, "adversarial_fraction", "0.1"),
+        (CATConfig, "adversarial_fraction", None),
+        (CATConfig, "away_cutoff", float("nan")),
+        (CATConfig, "toward_cutoff", "0.5"),
+        (CATConfig, "away_weight", 1e308),  # infinite in float32
+        (CATConfig, "attack_batch_size", 2.5),
+        (CATConfig, "attack_batch_size", 1.0),
+        (CATConfig, "learning_rate", float("nan")),
+        (CATConfig, "weight_decay", "0.1"),
+        (CATConfig, "per_device_train_batch_size", 0),
+        (CATConfig, "gradient_accumulation_steps", 2.5),
+        (CATConfig, "max_length", -7),
+        (CATConfig, "warmup_steps", "0.1"),
+        (CATConfig, "neftune_noise_alpha", "5"),
+        (CATConfig, "label_smoothing_factor", 2),
+        (CATConfig, "max_grad_norm", None),
+        (CATConfig, "weight_decay", 2**70),
+        (CAPOConfig, "loss_type", 0.5),
+        (CAPOConfig, "loss_type", []),
+        (NoiseFiTConfig, "ce_weight", "0.5"),
+        (NoiseFiTConfig, "num_noisy_layers", 1.5),
+        (NoiseFiTConfig, "noise_layers", ["1"]),
+        (NoiseFiTConfig, "noise_layers", "1"),
+        (NoiseFiTConfig, "layer_list", 3),
+        (UnlearnConfig, "simnpo_delta", float("inf")),
+        (UnlearnConfig, "ce_u_skip_tokens", 0.5),
+        (AdversarialConfig, "num_replays", 2.5),
+        (AdversarialConfig, "eval_attack_steps", 0.5),
+        (RobustCLIPConfig, "attack_steps", 2.5),
+        (RobustCLIPConfig, "prompt_templates", None),
+        (RobustCLIPConfig, "class_names", [1, 2]),
+        (RobustCLIPConfig, "class_names", "abc"),
+    ],
+)
+def test_values_of_another_type_or_range(config: Any, name: str, value: Any, tmp_path: Path):
+    """Each of these once went as far as an error inside a step, or to weights of NaN."""
+    with refused(f"`{name}=", re.escape(repr(value))):
+        config(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])

@@ -21,6 +21,7 @@ from hf_robust.attacks import EmbeddingAttack
 from hf_robust.attacks.gradient import SearchResult
 from hf_robust.data.checks import check_preferences
 from hf_robust.data.preferences import without_end
+from hf_robust.data.text_rows import rows_explained
 from hf_robust.data.vision_preferences import IMAGE_COLUMNS, rejected_part
 from hf_robust.objectives import zero_confident_tokens
 from hf_robust.sites import EmbeddingSite, input_site
@@ -68,6 +69,9 @@ class CAPOConfig(AttackArguments, DPOConfig):
 
     def __post_init__(self) -> None:
         check_at_least("beta", self.beta, 1e-8, "The paper uses 0.25.")
+        losses = [self.loss_type] if isinstance(self.loss_type, str) else self.loss_type
+        if not isinstance(losses, list | tuple) or not losses or not all(isinstance(loss, str) for loss in losses):
+            raise ValueError(f"`loss_type={self.loss_type!r}` must be a list of names; the paper's is ['ipo'].")
         super().__post_init__()
 
 
@@ -261,7 +265,8 @@ class CAPOTrainer(CardTrainer, DPOTrainer):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         """The parent's tokenization; refuses a dataset of which truncation leaves nothing."""
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        with rows_explained(dataset, f"{dataset_name}_dataset", processing_class):
+            prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if isinstance(prepared, Dataset) and len(prepared) == 0:
             raise ValueError(
                 f"`max_length={args.max_length!r}` leaves no label of any of the {len(dataset)} rows of the {dataset_name} "

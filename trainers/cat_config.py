@@ -5,7 +5,7 @@ from typing import Any
 
 from trl import SFTConfig
 
-from hf_robust.threats import check_at_least
+from hf_robust.threats import check_at_least, check_count, check_number
 from hf_robust.trainers.attack_arguments import AttackArguments
 
 
@@ -94,6 +94,9 @@ class CATConfig(AttackArguments, SFTConfig):
         )
         for name in weights:
             check_at_least(name, getattr(self, name), 0, "Use 0 to leave the term out.")
+        for name in ("away_cutoff", "toward_cutoff"):
+            check_number(name, getattr(self, name), "Give nats per token; the paper uses -5 and 0.5.")
+        check_number("adversarial_fraction", self.adversarial_fraction, "The paper uses 0.125.")
         if not 0 < self.adversarial_fraction < 1:
             raise ValueError(
                 f"`adversarial_fraction={self.adversarial_fraction!r}` must lie strictly between 0 and 1: there would be no "
@@ -101,7 +104,7 @@ class CATConfig(AttackArguments, SFTConfig):
                 "`toward_weight=0`."
             )
         if self.attack_batch_size is not None:
-            check_at_least("attack_batch_size", self.attack_batch_size, 1, "Leave it unset for the per-device batch.")
+            check_count("attack_batch_size", self.attack_batch_size, 1, "Leave it unset for the per-device batch.")
         super().__post_init__()
 
     def _attack_options(self) -> dict[str, Any]:

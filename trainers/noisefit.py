@@ -22,11 +22,11 @@ from hf_robust.objectives import token_nll
 from hf_robust.objectives.noise import branch_divergences, consistency_kl, symmetric_kl, teacher_kl
 from hf_robust.sites import LabelIndex, label_logits
 from hf_robust.trainers.attack_arguments import take_over
-from hf_robust.trainers.card import CardTrainer
 from hf_robust.trainers.meters import Meters
 from hf_robust.trainers.noisefit_checks import check_arguments, check_data, check_model
 from hf_robust.trainers.noisefit_config import NoiseFiTConfig
 from hf_robust.trainers.papers import NOISE_AUGMENTED
+from hf_robust.trainers.row_trainer import RowTrainer
 from hf_robust.trainers.schedule import start_seed
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ POLICY_PLOT = "noise_policy.png"
 _CALIBRATION_BATCHES = {"v1": 1, "v2": 2}
 
 
-class NoiseFiTTrainer(CardTrainer, SFTTrainer):
+class NoiseFiTTrainer(RowTrainer, SFTTrainer):
     """
     Trainer for noise-augmented fine-tuning, introduced in [Noise Augmented Fine Tuning for Mitigating Hallucinations in Large
     Language Models](https://huggingface.co/papers/2504.03302).

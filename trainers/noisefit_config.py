@@ -8,7 +8,7 @@ from hf_robust.noise import SNR_FORMATS
 from hf_robust.noise.distributions import DISTRIBUTIONS
 from hf_robust.objectives.noise import LOSS_MODES as NOISE_LOSS_MODES
 from hf_robust.objectives.noise import noise_loss_weights
-from hf_robust.threats import check_at_least, check_choice
+from hf_robust.threats import check_at_least, check_choice, check_count, check_number
 from hf_robust.trainers.phases import RunArguments
 
 LOSS_MODES = (*NOISE_LOSS_MODES, "rdrop")
@@ -111,10 +111,11 @@ class NoiseFiTConfig(RunArguments, SFTConfig):
         check_at_least("consistency_weight", self.consistency_weight, 0, "Use 0 to leave the term out.")
         check_at_least("noise_std", self.noise_std, 0, "The paper uses 0.1.")
         check_at_least("noise_beta", self.noise_beta, 0, "The paper uses 0.1.")
-        check_at_least("num_noisy_layers", self.num_noisy_layers, 1, "The paper uses 3.")
-        check_at_least("calibration_batch_size", self.calibration_batch_size, 1, "The authors use 4.")
+        check_count("num_noisy_layers", self.num_noisy_layers, 1, "The paper uses 3.")
+        check_count("calibration_batch_size", self.calibration_batch_size, 1, "The authors use 4.")
         check_at_least("max_ce_increase", self.max_ce_increase, 0, "The authors use 0.02.")
         check_at_least("temperature", self.temperature, 1e-6, "The paper uses 1.")
+        check_number("ce_weight", self.ce_weight, "The paper uses 0.5.")
         if not 0 <= self.ce_weight <= 1:
             raise ValueError(
                 f"`ce_weight={self.ce_weight!r}` must lie between 0 and 1: it is the clean cross-entropy's share, and "
@@ -130,6 +131,10 @@ class NoiseFiTConfig(RunArguments, SFTConfig):
                 f"`noise_layers={self.noise_layers!r}` needs `version='v1'` and one layer at least; `'v2'` finds its layers "
                 "by calibration. Leave it unset, or give a `noise_policy`."
             )
+        if self.noise_layers is not None:
+            _check_layers(self.noise_layers)
+        if self.layer_list is not None and not isinstance(self.layer_list, str):
+            raise ValueError(f"`layer_list={self.layer_list!r}` must be a dotted name, such as 'model.layers'.")
         super().__post_init__()
 
     @property
@@ -156,3 +161,8 @@ class NoiseFiTConfig(RunArguments, SFTConfig):
             "consistency_kl": weights.consistency,
         }
         return {name: weight for name, weight in terms.items() if weight}
+
+
+def _check_layers(layers: object) -> None:
+    if not isinstance(layers, list | tuple) or any(isinstance(n, bool) or not isinstance(n, int) for n in layers):
+        raise ValueError(f"`noise_layers={layers!r}` must be a list of the numbers of layers, such as [3, 4].")

@@ -10,7 +10,26 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from hf_robust.threats import check_at_least, check_count
+
 PHASES = ("data", "attack", "forward", "backward", "optimizer", "other")
+
+# Fields of the parents that they take as they come: out of range they end in an error far from here, or in weights of NaN
+_PARENT_FIELDS: tuple[tuple[str, Callable[..., None], int, str], ...] = (
+    ("learning_rate", check_at_least, 0, "1e-5 is a usual rate."),
+    ("weight_decay", check_at_least, 0, "Use 0 for none."),
+    ("max_grad_norm", check_at_least, 0, "Use 0 to clip nothing."),
+    ("warmup_steps", check_at_least, 0, "Give steps, or a share of the training below 1."),
+    ("num_train_epochs", check_at_least, 0, "Give the number of epochs."),
+    ("label_smoothing_factor", check_at_least, 0, "Use 0 for none."),
+    ("neftune_noise_alpha", check_at_least, 0, "Leave it unset for no noise."),
+    ("per_device_train_batch_size", check_count, 1, "Give the rows of a batch on one device."),
+    ("per_device_eval_batch_size", check_count, 1, "Give the rows of a batch on one device."),
+    ("gradient_accumulation_steps", check_count, 1, "Use 1 to update at each batch."),
+    ("max_length", check_count, 1, "Use `None` to cut nothing."),
+    ("seed", check_count, 0, "Give a number below 2**32."),
+)
+_OPTIONAL = ("max_length", "neftune_noise_alpha")
 
 
 @dataclass
@@ -30,6 +49,20 @@ class RunArguments:
     profile: bool = field(
         default=False, metadata={"help": "Log the shares of time of data, attack, forward, backward and optimizer."}
     )
+
+    def __post_init__(self) -> None:
+        for name, check, least, remedy in _PARENT_FIELDS:
+            value = getattr(self, name, least)
+            if value is not None or name not in _OPTIONAL:
+                check(name, value, least, remedy)
+        smoothing = getattr(self, "label_smoothing_factor", 0)
+        if smoothing > 1:
+            raise ValueError(
+                f"`label_smoothing_factor={smoothing!r}` must be at most 1: it is a share. Use 0 for none."
+            )
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the access token: the Trainer pickles its arguments into the folder that `push_to_hub` sends."""

@@ -60,7 +60,7 @@ def _has_text(content: Any) -> bool:
     return isinstance(content, str) and bool(content.strip())
 
 
-def check_text_or_messages(value: object, where: str, remedy: str = _FORMAT_HINT) -> str:
+def cell_kind(value: object, where: str, remedy: str = _FORMAT_HINT) -> str:
     """
     Tell text from messages, and refuse everything else.
 
@@ -73,21 +73,38 @@ def check_text_or_messages(value: object, where: str, remedy: str = _FORMAT_HINT
         `"text"` or `"messages"`.
 
     Raises:
-        ValueError: if the cell is neither, or is empty.
+        ValueError: if the cell is neither.
     """
     if isinstance(value, str):
-        kind = "text"
-    elif isinstance(value, list):
-        kind = "messages"
-        for message in value:
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-                raise ValueError(f"{where} holds {message!r}, which is not a message. {remedy}")
-            if not isinstance(message["content"], str | list | None):
-                raise ValueError(f"{where} holds a message whose content is {message['content']!r}. {remedy}")
-    else:
-        raise ValueError(f"{where} is {value!r} ({type(value).__name__}), not text or messages. {remedy}")
+        return "text"
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {value!r:.200} ({type(value).__name__}), not text or messages. {remedy}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f"{where} holds {message!r:.200}, which is not a message. {remedy}")
+        if not isinstance(message["content"], str | list | None):
+            raise ValueError(f"{where} holds a message whose content is {message['content']!r:.200}. {remedy}")
+    return "messages"
+
+
+def check_text_or_messages(value: Any, where: str, remedy: str = _FORMAT_HINT) -> str:
+    """
+    As [`cell_kind`], and refuse a cell that is empty.
+
+    Args:
+        value: one cell of a dataset.
+        where: how an error names the cell.
+        remedy: last sentence of an error.
+
+    Returns:
+        `"text"` or `"messages"`.
+
+    Raises:
+        ValueError: if the cell is neither, or is empty.
+    """
+    kind = cell_kind(value, where, remedy)
     if is_empty_answer(value):
-        raise ValueError(f"{where} is empty ({value!r}). Remove the row or fill it in. {remedy}")
+        raise ValueError(f"{where} is empty ({value!r:.200}). Remove the row or fill it in. {remedy}")
     return kind
 
 

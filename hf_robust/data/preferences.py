@@ -10,6 +10,7 @@ from datasets import Dataset, Features, List, Value
 
 from hf_robust.data.checks import SHOWN_ROWS, check_preferences, with_prompt
 from hf_robust.data.random_suffixes import SUFFIX_COLUMN
+from hf_robust.data.text_rows import rows_explained
 from hf_robust.data.user_tokens import chat_ids, suffix_token_mask, user_token_mask
 from hf_robust.threats import check_choice
 
@@ -189,21 +190,22 @@ def tokenize_preferences(
     ids = List(Value("int64"))
     columns = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "user_mask": ids, "suffix_mask": ids}
     notes = {"drop": Value("string"), "needed": Value("int64"), "cut_off": ids}
-    tokenized = dataset.with_format(None).map(
-        _tokenize_row,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "max_length": max_length,
-            "truncation_mode": truncation_mode,
-            "conversational": kind == "messages",
-            "rejected_end": rejected_end,
-        },
-        remove_columns=dataset.column_names,
-        # Given, because a column of `None` alone has no type of its own.
-        features=Features({**columns, **notes}),
-        num_proc=num_proc,
-        desc=f"Tokenizing {name}",
-    )
+    with rows_explained(dataset, name, processing_class):
+        tokenized = dataset.with_format(None).map(
+            _tokenize_row,
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "max_length": max_length,
+                "truncation_mode": truncation_mode,
+                "conversational": kind == "messages",
+                "rejected_end": rejected_end,
+            },
+            remove_columns=dataset.column_names,
+            # Given, because a column of `None` alone has no type of its own.
+            features=Features({**columns, **notes}),
+            num_proc=num_proc,
+            desc=f"Tokenizing {name}",
+        )
     diverged = [index for index, cut_off in enumerate(tokenized["cut_off"]) if cut_off]
     if diverged:
         logger.warning(
