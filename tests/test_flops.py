@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_robust.trainers.flops import search_operations
+from hf_robust.trainers.flops import parameter_count, search_operations
 from tests.adversarial_data import adversarial_trainer, tiny_classifier
 from tests.helpers import tiny_model
 from tests.test_robust_clip import clip_trainer, tiny_clip
@@ -196,3 +196,11 @@ def test_throughput_counts_the_attack(tmp_path: Path):
     found = again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).metrics
     assert again.state.total_flos == total
     assert 0 < found["train_flops_per_second"] * found["train_runtime"] < 0.6 * total
+
+
+def test_split_weights_count_as_if_they_were_whole():
+    model, whole = tiny_model(), parameter_count(tiny_model())
+    for parameter in model.parameters():  # as DeepSpeed leaves them between forwards
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    assert parameter_count(model) == whole == tiny_model().num_parameters(exclude_embeddings=True) > 0

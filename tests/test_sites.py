@@ -6,9 +6,18 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_robust.sites import EmbeddingSite, LabelIndex, check_not_reentrant, embeddings, label_logits, quiet
+from hf_robust.sites import (
+    EmbeddingSite,
+    LabelIndex,
+    adapter_off,
+    check_not_reentrant,
+    embeddings,
+    label_logits,
+    quiet,
+)  # fmt: skip
 from tests.engine_helpers import forward_at, hook_count, index_of, inputs_of, modes_of, picked, with_lora
 from tests.helpers import ARCHITECTURES, tiny_batch, tiny_model
 
@@ -497,3 +506,28 @@ def test_embeddings_that_zero3_has_gathered_are_read_as_they_are():
     site.module.weight.ds_id = 0  # as DeepSpeed marks its parameters; a shard is empty
     with mock.patch.dict(sys.modules, {"deepspeed": None}):
         assert site.mean_row_norm() == clean
+
+
+def test_adapter_off_leaves_what_is_trained_inside_and_afterwards():
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    frozen = next(name for name, _ in model.named_parameters() if "q_proj.lora_A" in name)
+    model.get_parameter(frozen).requires_grad_(False)  # the user's wish, which PEFT's own context forgets
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.1 * ("lora_B" in name))
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    batch = inputs_of(tiny_batch())
+    with adapter_off(model):
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+        without = model(**batch).logits
+    torch.testing.assert_close(without, tiny_model()(**batch).logits)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+    assert not torch.allclose(model(**batch).logits, without)
+
+
+def test_adapter_off_puts_back_what_is_trained_after_an_error():
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with pytest.raises(RuntimeError, match="^of the user$"), adapter_off(model):
+        raise RuntimeError("of the user")
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained

@@ -22,6 +22,7 @@ from hf_robust.report.card import evaluation_card, training_card
 from hf_robust.report.hub import explained_push, remote_card, results_in, write_card
 from hf_robust.report.report import Report, describe_environment
 from hf_robust.sites import keep_differentiable
+from hf_robust.trainers.batches import checked_batches
 from hf_robust.trainers.checkpoints import (
     check_writable,
     checkpoint_to_resume,
@@ -29,6 +30,7 @@ from hf_robust.trainers.checkpoints import (
     saving,
     write_record,
 )
+from hf_robust.trainers.flops import parameter_count
 from hf_robust.trainers.guards import check_parallelism
 from hf_robust.trainers.interruption import checkpoint_on_sigterm
 from hf_robust.trainers.meters import Stopwatch
@@ -94,6 +96,11 @@ class CardTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         check_parallelism(self.accelerator.parallelism_config)  # of the launcher, or of how the model was loaded
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The parent's estimate, 6 operations a weight and item of the main input; under ZeRO-3 of the whole weights."""
+        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 0 if main is None else 6 * main.numel() * parameter_count(self.model)
+
     # ---- Figures ----
 
     def attach_report(self, report: Report | str | os.PathLike[str]) -> None:
@@ -117,6 +124,11 @@ class CardTrainer(Trainer):
                 f"`report={str(report)!r}` holds no report.json: give a Report, or the `output_dir` of an evaluation."
             )
         self._report, self._report_folder = Report.load(folder / "report.json"), folder
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, whose batches are checked before they reach the model."""
+        with checked_batches(self):
+            return super()._get_dataloader(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """
@@ -155,6 +167,11 @@ class CardTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # all have written what is theirs
             if self.args.should_save:
                 write_record(folder, self._run_settings())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The parent's. All processes have written what is theirs before the state says so and older checkpoints go."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The parent's; also under FSDP with `SHARDED_STATE_DICT`, where it (transformers 5.23) writes no model, silently."""

@@ -14,15 +14,16 @@ from hf_robust.attacks import EmbeddingAttack
 from hf_robust.data import collate_preferences, tokenize_preferences
 from hf_robust.data.checks import check_map_style
 from hf_robust.data.vision_preferences import collate_vision_preferences, rejected_part, tokenize_vision_preferences
-from hf_robust.objectives import away_loss, kl_divergence, per_row_mean, relative_shift, token_nll, toward_loss
-from hf_robust.sites import LabelIndex, decoder_layers, input_site, label_logits, quiet, record_hidden_states
+from hf_robust.objectives import away_loss, kl_divergence, per_row_mean, token_nll, toward_loss
+from hf_robust.sites import LabelIndex, decoder_layers, input_site, label_logits, record_hidden_states
 from hf_robust.trainers.attack_arguments import take_over
-from hf_robust.trainers.card import CardTrainer
 from hf_robust.trainers.cat_config import CATConfig
-from hf_robust.trainers.flops import search_operations
+from hf_robust.trainers.cat_utility import attended, total_shift, utility_before, without_labels
+from hf_robust.trainers.flops import parameter_count, search_operations
 from hf_robust.trainers.guards import check_arguments, check_model, check_processing_class, check_vision_arguments
 from hf_robust.trainers.meters import Meters, on_any_process
 from hf_robust.trainers.papers import CONTINUOUS_ATTACKS
+from hf_robust.trainers.row_trainer import RowTrainer
 from hf_robust.trainers.schedule import AdversarialSchedule, rows_of_process, spread, start_seed
 
 # Key under which a micro-batch carries its chunks of adversarial rows from the data side to the loss.
@@ -31,7 +32,7 @@ _CHUNKS = "adversarial_chunks"
 _TOKENS = "utility_tokens"
 
 
-class CATTrainer(CardTrainer, SFTTrainer):
+class CATTrainer(RowTrainer, SFTTrainer):
     """
     Trainer for Continuous Adversarial Training (C-AdvUL), introduced in
     [Efficient Adversarial Training in LLMs with Continuous Attacks](https://huggingface.co/papers/2405.15589).
@@ -184,7 +185,7 @@ class CATTrainer(CardTrainer, SFTTrainer):
         """The parent's micro-batches of a window, with the window's adversarial rows attached in chunks."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches and self.args.utility_representation_weight > 0:
-            tokens = torch.stack([_attended(batch).sum() for batch in batches]).sum().to(self.accelerator.device)
+            tokens = torch.stack([attended(batch).sum() for batch in batches]).sum().to(self.accelerator.device)
             tokens = self.accelerator.reduce(tokens, reduction="sum")  # once a window, without waiting for the device
             for batch in batches:
                 batch[_TOKENS] = tokens
@@ -248,7 +249,13 @@ class CATTrainer(CardTrainer, SFTTrainer):
         chunks, tokens = inputs.pop(_CHUNKS, []), inputs.pop(_TOKENS, None)
         args, given = self.args, dict(inputs)
         retains = self.model.training and (args.utility_kl_weight > 0 or args.utility_representation_weight > 0)
-        before = self._utility_before(model, given) if retains else None
+        before = (
+            utility_before(
+                model, self.accelerator.unwrap_model(model), given, layers=args.utility_representation_weight > 0
+            )
+            if retains
+            else None
+        )
         with contextlib.ExitStack() as stack:
             now: list[torch.Tensor] = []
             if before is not None and before[1]:
@@ -266,7 +273,7 @@ class CATTrainer(CardTrainer, SFTTrainer):
             divergence = self._utility_kl(model, given, before[0], num_items_in_batch)
             loss = loss + args.utility_kl_weight * divergence
         if now and before is not None:
-            shift = _total_shift(now, before[1], _attended(given)) / tokens
+            shift = total_shift(now, before[1], attended(given)) / tokens
             self._meters.add(
                 "utility_shift", shift, 1 / (self.current_gradient_accumulation_steps * self.accelerator.num_processes)
             )
@@ -287,7 +294,7 @@ class CATTrainer(CardTrainer, SFTTrainer):
         self, model: nn.Module, inputs: dict[str, Any], before: torch.Tensor, num_items_in_batch: Any
     ) -> torch.Tensor:
         index = LabelIndex.from_labels(inputs["labels"])
-        divergence = kl_divergence(label_logits(model, index, **_without_labels(inputs)), before).sum()
+        divergence = kl_divergence(label_logits(model, index, **without_labels(inputs)), before).sum()
         if num_items_in_batch is None:
             value = divergence / max(len(index.targets), 1)
         else:
@@ -297,16 +304,6 @@ class CATTrainer(CardTrainer, SFTTrainer):
         batches = 1 if self._is_scaled(num_items_in_batch) else self.current_gradient_accumulation_steps
         self._meters.add("utility_kl", value / batches, 1 / self.current_gradient_accumulation_steps)
         return value
-
-    def _utility_before(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The utility rows' logits at their labels, and their hidden states behind each layer, before training."""
-        index, inner = LabelIndex.from_labels(inputs["labels"]), self.accelerator.unwrap_model(model)
-        with contextlib.ExitStack() as stack:
-            for context in (torch.no_grad(), quiet(inner), inner.disable_adapter()):
-                stack.enter_context(context)
-            wanted = self.args.utility_representation_weight > 0
-            states = stack.enter_context(record_hidden_states(inner)) if wanted else []
-            return label_logits(model, index, **_without_labels(inputs)), states
 
     def _adversarial_loss(self, model: nn.Module, chunk: dict[str, Any]) -> torch.Tensor:
         """This chunk's share of the window's weighted away and toward losses."""
@@ -472,7 +469,7 @@ class CATTrainer(CardTrainer, SFTTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The parent's estimate (6 operations a token and parameter), plus attack and outer pass of adversarial rows."""
         operations = super().floating_point_ops(inputs)
-        parameters = self.model.num_parameters(exclude_embeddings=True)
+        parameters = parameter_count(self.model)
         attack = self.attack
         for chunk in inputs.get(_CHUNKS, []):
             rows, length = chunk["input_ids"].shape
@@ -481,19 +478,3 @@ class CATTrainer(CardTrainer, SFTTrainer):
                 attacked = 6 * parameters * (rows // 2) * chunk["rejected_length"]
                 operations += search_operations(attacked, attack.steps, forwards=attack.keep == "best")
         return operations
-
-
-def _without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
-
-
-def _attended(inputs: dict[str, Any]) -> torch.Tensor:
-    """`[batch, length]`, 1 on real tokens."""
-    mask = inputs.get("attention_mask")
-    return torch.ones_like(inputs["input_ids"]) if mask is None else mask
-
-
-def _total_shift(states: list[torch.Tensor], before: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Sum over the attended tokens of how far their hidden states have moved, a mean over the layers."""
-    shifts = [(relative_shift(now, then) * mask).sum() for now, then in zip(states, before, strict=True)]
-    return torch.stack(shifts).mean()

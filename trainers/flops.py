@@ -1,8 +1,9 @@
-"""Floating-point operations of what the parents' estimates leave out: attacks, and models that are no transformers."""
+"""Floating-point operations of what the parents' estimates leave out: attacks, split weights, no transformers."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +24,23 @@ def search_operations(training: int, steps: int, *, forwards: int = 0) -> int:
         forwards: forwards that it makes besides: one to evaluate the last perturbation (`keep="best"`), one of clean inputs.
     """
     return training * (2 * steps + forwards) // 3
+
+
+def parameter_count(model: nn.Module) -> int:
+    """
+    Number of weights but the embeddings', as transformers estimates operations by; also of a model whose weights ZeRO-3 has
+    split: between forwards they are empty, and `num_parameters` counts none.
+
+    Args:
+        model: unwrapped.
+
+    Returns:
+        0 for a model that has no `num_parameters`.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    split = sum(getattr(p, "ds_numel", 0) for p in model.parameters() if id(p) not in embeddings)
+    count: Any = getattr(model, "num_parameters", None)
+    return split or (0 if count is None else count(exclude_embeddings=True))
 
 
 @torch.no_grad()

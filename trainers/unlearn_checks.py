@@ -1,7 +1,5 @@
 """What [`UnlearnTrainer`] checks before training starts, and which weights it trains."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from hf_robust.sites import decoder_layers, quiet
+from hf_robust.sites import adapter_off, decoder_layers, quiet, same_trained
 from hf_robust.trainers.guards import FORCED_REENTRANT
 from hf_robust.trainers.unlearn_config import UnlearnConfig
 
@@ -123,24 +121,6 @@ def _check_fresh(model: Any, accelerator: Accelerator, args: UnlearnConfig) -> N
         )
 
 
-@contextlib.contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """
-    The model without its adapter inside the context. PEFT's own context makes every adapter weight trainable on exit, also
-    those that were frozen.
-
-    Args:
-        model: a PEFT model, unwrapped.
-    """
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, was_trained in trained:
-            parameter.requires_grad_(was_trained)
-
-
 def check_adapter_alone_is_trained(model: Any) -> None:
     """
     Switched off, an adapter leaves the model before training only if nothing else of it is trained.
@@ -152,7 +132,7 @@ def check_adapter_alone_is_trained(model: Any) -> None:
         ValueError: a weight that is trained and stays when the adapter is off, such as LoRA's biases.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with adapter_off(model):
+    with same_trained(model), model.disable_adapter():  # which freezes what it switches off
         left = [n for n, parameter in model.named_parameters() if parameter.requires_grad and n in trained]
     if left:
         raise ValueError(

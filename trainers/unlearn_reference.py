@@ -11,8 +11,8 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from hf_robust.sites import quiet
-from hf_robust.trainers.unlearn_checks import adapter_off, check_adapter_alone_is_trained
+from hf_robust.sites import adapter_off, quiet
+from hf_robust.trainers.unlearn_checks import check_adapter_alone_is_trained
 
 
 class ReferenceModel:

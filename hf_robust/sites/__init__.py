@@ -1,5 +1,6 @@
 """Where a perturbation enters a model: context managers that add it by hook and always clean up."""
 
+from hf_robust.sites.adapter import adapter_off, same_trained
 from hf_robust.sites.embeddings import EmbeddingSite
 from hf_robust.sites.hidden_states import HiddenStateSite, decoder_layers, record_hidden_states
 from hf_robust.sites.label_head import LabelIndex, label_logits
@@ -15,6 +16,7 @@ __all__ = [
     "PixelUnits",
     "LanguageInputSite",
     "WeightSite",
+    "adapter_off",
     "check_not_reentrant",
     "decoder_layers",
     "images_seen_once",
@@ -25,4 +27,5 @@ __all__ = [
     "perturbed_weights",
     "quiet",
     "record_hidden_states",
+    "same_trained",
 ]

@@ -71,7 +71,7 @@ def label_logits(model: nn.Module, index: LabelIndex, **inputs: Any) -> torch.Te
     while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module  # DDP and DeepSpeed wrap; hooks and outputs are those of the module inside
     getter = getattr(inner, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
+    head: Any = getter() if getter is not None else None
     fired = False
 
     def keep_labels(module: nn.Module, args: tuple) -> tuple | None:
@@ -87,6 +87,10 @@ def label_logits(model: nn.Module, index: LabelIndex, **inputs: Any) -> torch.Te
     finally:
         if handle is not None:
             handle.remove()
+        if not torch.is_grad_enabled() and hasattr(head, "reshard"):
+            # FSDP2 leaves the head gathered for a backward that does not come. TRL's fused loss, which reads its weight without
+            # calling it, would save it for its own backward, and FSDP frees it before.
+            head.reshard()
     if fired:
         return logits[0].float()
     if tuple(logits.shape[:2]) != index.shape:

@@ -49,12 +49,12 @@ def _sizes(batch: int, accumulation: int, checkpointing: bool) -> dict[str, Any]
     return {**sizes, **(copy.deepcopy(CHECKPOINTING) if checkpointing else {})}  # TRL writes into it
 
 
-def _language(make: Callable[..., Any], **args: Any) -> Callable[..., Cell]:
-    """Cells of a trainer of the tiny language model; its adapter goes to the constructor."""
+def _language(make: Callable[..., Any], modules: Any = "all-linear", **args: Any) -> Callable[..., Cell]:
+    """Cells of a trainer of the tiny language model; its adapter, on `modules`, goes to the constructor."""
 
     def cell(adapter: bool, accumulation: int, checkpointing: bool, rows: dict[str, Any] | None = None) -> Cell:
         def build(folder: str, batch: int, **extra: Any) -> Any:
-            given = {**(rows or {}), **({"peft_config": lora()} if adapter else {})}
+            given = {**(rows or {}), **({"peft_config": lora(target_modules=modules)} if adapter else {})}
             return make(tiny_model(), folder, given, **{**_sizes(batch, accumulation, checkpointing), **args, **extra})
 
         return build
@@ -117,6 +117,16 @@ def _diffusion(adapter: bool, accumulation: int, checkpointing: bool) -> Cell:
 
 _CAT = _language(cat_trainer, attack_epsilon=0.3, adversarial_fraction=THREE, attack_batch_size=1)
 _CAPO = _language(capo_trainer, attack_epsilon=0.3)
+# An adapter outside the layers, which FSDP gathers for longer, and a reference that is the model without adapter
+_EMBEDDING = ["q_proj", "embed_tokens"]
+_OUTSIDE: dict[str, Cell] = {
+    "cat-lora-embedding": _language(cat_trainer, _EMBEDDING, attack_epsilon=0.3)(True, 1, False),
+    "cat-lora-representations": _language(cat_trainer, attack_epsilon=0.3, utility_representation_weight=1.0)(
+        True, 1, False
+    ),
+    "capo-lora-embedding": _language(capo_trainer, _EMBEDDING, attack_epsilon=0.3)(True, 1, False),
+    "unlearn-lora-embedding": _language(_unlearn, _EMBEDDING, retain_type="kl")(True, 1, False),
+}
 _TRAINERS: dict[str, Callable[..., Cell]] = {
     "cat": _CAT,
     "capo": _CAPO,
@@ -180,19 +190,23 @@ _UNEVEN: dict[str, Cell] = {
 
 def all_cells() -> dict[str, Cell]:
     """Every cell, whatever refuses it."""
-    return _UNEVEN | {
-        name: cell
-        for strategy in STRATEGIES
-        for refused in (False, True)
-        for name, (cell, _) in _chosen(strategy, refused=refused).items()
-    }
+    return (
+        _UNEVEN
+        | _OUTSIDE
+        | {
+            name: cell
+            for strategy in STRATEGIES
+            for refused in (False, True)
+            for name, (cell, _) in _chosen(strategy, refused=refused).items()
+        }
+    )
 
 
 def cells_of(strategy: str) -> dict[str, Cell]:
     """The cells that run under a strategy, by name; `"alone"`: those of all strategies."""
     if strategy == "alone":
         return {name: cell for other in STRATEGIES for name, cell in cells_of(other).items()}
-    return {name: cell for name, (cell, _) in _chosen(strategy, refused=False).items()} | _UNEVEN
+    return {name: cell for name, (cell, _) in _chosen(strategy, refused=False).items()} | _UNEVEN | _OUTSIDE
 
 
 def refused_cells_of(strategy: str) -> dict[str, str]:
