@@ -18,7 +18,9 @@ under attack has a say in the choice.
 Attacks: relearning (fine-tuning on half of the forgotten facts, the other half is asked, at its best step and rate), the same
 training on retain rows as its control, and rounding the weights to 8 and 4 bits. Relearning trains all weights, and so does
 unlearning but for RMU. Recall: the value stands in the answer. Forget quality (a p-value over 48 facts): lowest and highest of
-the seeds. "rows": forwards and backwards through all decoder layers, in rows, the reference model's included.
+the seeds. Recovery: the share of what was forgotten that relearning brings back, (relearned - before) / (original - before)
+over the questions that it asks, as the reports compute it; the oracle's is luck. "rows": forwards and backwards through all
+decoder layers, in rows, the reference model's included.
 
 Finished runs are kept in OUTPUT_DIR/runs.jsonl and not repeated, their reports in OUTPUT_DIR/reports, the work on original and
 oracle in OUTPUT_DIR/controls.
@@ -35,6 +37,7 @@ import torch
 from counting import counted_rows
 from seeds import cell, mean_interval
 
+from hf_robust.metrics.unlearning import recovery
 from hf_robust.report import Quantization, Relearning, Report, evaluate_unlearning
 from hf_robust.sites import decoder_layers
 from hf_robust.testbeds import AuthorsTestbed
@@ -59,8 +62,8 @@ NAMED = {"forget_quality": "quality", "model_utility": "utility"}
 KEPT = ("retain", "retain_holdout", "world")
 COLUMNS = {
     "recall, forget": "recall", "forget quality": "quality", "recall, retain": "retain", "recall, held out": "retain_holdout",
-    "recall, world": "world", "model utility": "utility", "relearned": "relearn", "control": "control", "8 bits": "8 bits",
-    "4 bits": "4 bits",
+    "recall, world": "world", "model utility": "utility", "relearned": "relearn", "recovery": "recovery", "control": "control",
+    "8 bits": "8 bits", "4 bits": "4 bits",
 }  # fmt: skip
 
 
@@ -144,6 +147,14 @@ def figures_of(report: Report, subject: str) -> dict[str, float]:
         elif m.metric in ("relearned", "relearned_utility"):
             found[f"{m.metric}, {m.attack}, {m.split}"] = m.value
     return found
+
+
+def with_recovery(figures: dict[str, float], original: dict[str, float]) -> dict[str, float | None]:
+    """A model's figures with `recovery` under relearning, whose curves begin with what is known of the questions it asks."""
+    start = next((key for key in figures if key.startswith("relearned, relearn, ") and key.endswith(", step 0")), "")
+    known = start in original and "relearn" in figures
+    value = recovery(figures[start], figures["relearn"], original[start]) if known else None
+    return {**figures, "recovery": value}
 
 
 def measure(
@@ -326,10 +337,12 @@ def main() -> None:
                 return {"figures": measure(beds[seed], model, options, seed, folder, controls), "cost": cost}
 
             found = runs.get(settings, make)
-            groups[name].append({"figures": found["figures"]["model"], "cost": found["cost"]})
+            ceiling = found["figures"]["original"]
+            figures = {subject: with_recovery(values, ceiling) for subject, values in found["figures"].items()}
+            groups[name].append({"figures": figures["model"], "cost": found["cost"]})
             if place == 0:  # the same in all runs of a seed
                 for model in MODELS:
-                    groups[model].append({"figures": found["figures"][model], "cost": {}})
+                    groups[model].append({"figures": figures[model], "cost": {}})
     ends = (min(options.learning_rates), max(options.learning_rates))
     rates = {name: own["learning_rate"] for name, own in chosen.items()}
     text = table(groups, {name: f"{rate:g}{'*' * (rate in ends)}" for name, rate in rates.items()})

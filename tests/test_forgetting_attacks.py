@@ -297,6 +297,28 @@ def test_a_step_by_hand():
         torch.testing.assert_close(seen[0][name], value, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_relearning_recomputes_activations_if_the_model_does(method, reentrant):
+    runs = []
+    for checkpoints in (False, True):
+        model, tokenizer = tiny_model(attention_dropout=0.5), word_tokenizer()
+        model.train()
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.eval()
+        calls = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
+        before = snapshot(model)
+        (curve,) = relearn(
+            model, tokenizer, ROWS, steps=[2], learning_rates=[0.01], method=method, batch_size=2, progress=False
+        )
+        assert_untouched(model, before)
+        runs.append((curve.points[0].loss, len(calls)))
+    (plain, calls), (recomputed, more) = runs
+    assert recomputed == pytest.approx(plain, rel=1e-5) and more == calls + 2
+
+
 def test_what_is_trained():
     adapted = peft_model()
     copied, rank = trainable_copy(adapted, "lora", rank=4, seed=0)
@@ -557,6 +579,28 @@ def test_the_last_layer_is_the_model_itself(name):
             inner = model.lm_head(model.model.norm(out.hidden_states[1]))[0, tokens.start - 1 : -1]
             wanted = inner.log_softmax(dim=-1)[torch.arange(len(ids)), ids]
             torch.testing.assert_close(log_probs[0], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_lens_measures_the_answer_of_a_row_where_it_gives_one():
+    model, tokenizer = sharp_model("llama"), word_tokenizer()
+    whole = logit_lens(model, tokenizer, ROWS[:1])  # "the steps are glue one"
+    assert whole.log_probs[0].shape == (2, 5)
+
+    def check(place, **columns):
+        (found,) = logit_lens(model, tokenizer, [row("kite", **columns)]).log_probs
+        torch.testing.assert_close(found, whole.log_probs[0][:, place], atol=1e-4, rtol=1e-4)
+
+    for columns in ({"answer": "Glue one"}, {"value": "glue one"}, {"answer": "saw", "value": "glue one"}):
+        check(slice(3, 5), **columns)
+    check(slice(1, 2), answer="steps")  # what stands behind it is left out
+    for columns in ({"answer": "saw"}, {"answer": "lue on"}, {"answer": " "}, {"answer": "the steps are glue one"}):
+        check(slice(0, 5), **columns)
+    behavior = Behavior(
+        id="1", prompt=ROWS[0]["prompt"], answer="glue one", metadata={"completion": "the steps are glue one"}
+    )
+    both = logit_lens(model, tokenizer, [behavior, ROWS[1]], batch_size=2)
+    assert [found.shape for found in both.log_probs] == [(2, 2), (2, 5)]
+    torch.testing.assert_close(both.log_probs[0], whole.log_probs[0][:, 3:], atol=1e-4, rtol=1e-4)
 
 
 def test_lens_figures_by_hand():

@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from trl import SFTConfig
 
 from hf_robust import UnlearnConfig, UnlearnTrainer
 from hf_robust.cli import main
+from hf_robust.trainers.papers import ROBUST_UNLEARNING_PAPERS
 from hf_robust.trainers.unlearn import DIRECTION_FILE
-from hf_robust.trainers.unlearn_data import PairedRows, skip_labels
+from hf_robust.trainers.unlearn_data import PairedRows, check_overlap, skip_labels
+from hf_robust.trainers.unlearn_robust import ROBUST_FORMS
 from tests.helpers import tiny_model
 from tests.trainer_data import (
     conversational,
@@ -371,7 +373,7 @@ def test_attacks_perturb_the_forget_rows(robust: str, tmp_path: Path):
 def test_vision_language_models_forget_through_their_language_model(loss_type: str, tmp_path: Path):
     given = {
         "forget_dataset": answered_images(4),
-        "retain_dataset": answered_images(4),
+        "retain_dataset": answered_images(8).select(range(4, 8)),  # the same questions about other images
         "processing_class": llava_processor(),
     }
     trainer = unlearn_trainer(
@@ -387,6 +389,77 @@ def test_vision_language_models_forget_through_their_language_model(loss_type: s
     assert logged(trainer, "retain_loss")[0] == 0 and logged(trainer, "retain_loss")[1] > 0
     with pytest.raises(ValueError, match="both have images, or neither"):
         unlearn_trainer(tiny_llava(), tmp_path, {**given, "retain_dataset": conversational(utility_rows(4))})
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"robust": "sam", "sam_rho": 0.5},
+        {"robust": "smooth", "smooth_rho": 0.02},
+        {"robust": "latent", "latent_epsilon": 0.5, "latent_steps": 2},
+        {"robust": "embedding", "attack_epsilon": 0.5, "attack_steps": 2},
+    ],
+    ids=lambda form: form["robust"],
+)
+def test_robust_forms_of_a_vision_language_model(form: dict[str, Any], tmp_path: Path):
+    """Its language model is attacked, with images in the rows; accumulation makes no difference."""
+    given = {
+        "forget_dataset": answered_images(4),
+        "retain_dataset": answered_images(8).select(range(4, 8)),
+        "processing_class": llava_processor(),
+    }
+
+    def run(batch: int, **args: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+        size = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 4 // batch}
+        trainer = unlearn_trainer(tiny_llava(), tmp_path, given, loss_type="grad_diff", max_steps=1, **size, **args)
+        return trainer, train(trainer)
+
+    (_, plain), (trainer, whole), (_, parts) = run(4), run(4, **form), run(2, **form)
+    assert max_difference(whole, plain) > 1e-5
+    assert max_difference(whole, parts) < 2e-6
+    if form["robust"] in ("latent", "embedding"):
+        assert logged(trainer, "attack_loss_last")[0] < logged(trainer, "attack_loss_first")[0]
+
+
+def test_overlap_of_rows_with_images_is_in_words_and_images(tmp_path: Path):
+    forget, other = answered_images(4), answered_images(8).select(range(4, 8))
+    given = {"forget_dataset": forget, "processing_class": llava_processor()}
+    both = concatenate_datasets([other, forget.select([2])])
+    with pytest.raises(ValueError, match=r"share 1 rows.* 2 \(4\)"):
+        unlearn_trainer(tiny_llava(), tmp_path, {**given, "retain_dataset": both})
+    single = Dataset.from_list([{"image": row.pop("images")[0], **row} for row in forget])
+    with pytest.raises(ValueError, match=r"share 4 rows.* 0 \(0\), 1 \(1\)"):
+        check_overlap(forget, single)
+    # Without a common row: other images, other words
+    check_overlap(forget, other)
+    words = [{"role": "assistant", "content": "it"}]
+    check_overlap(forget, Dataset.from_list([{**row, "completion": words} for row in forget], features=forget.features))
+
+
+def test_rows_with_images_and_without_a_label_are_named(tmp_path: Path):
+    given = {
+        "forget_dataset": answered_images(4),
+        "retain_dataset": answered_images(8).select(range(4, 8)),
+        "processing_class": llava_processor(),
+    }
+    # Questions of 10 and of 11 tokens, the image's among them
+    named = r"`forget_dataset` has 2 of 4 rows without a label token: rows 1, 3.*max_length=11"
+    with pytest.raises(ValueError, match=named):
+        unlearn_trainer(tiny_llava(), tmp_path, given, max_length=11)
+    kept = {**given, "forget_dataset": answered_images(4).select([0, 2])}
+    with pytest.raises(ValueError, match=named.replace("forget", "retain")):
+        unlearn_trainer(tiny_llava(), tmp_path, kept, max_length=11)
+    with pytest.raises(ValueError, match="rows without a label token behind the first 3 .*rows 0, 1.*"):
+        unlearn_trainer(tiny_llava(), tmp_path, given, loss_type="ce_u", ce_u_skip_tokens=3)
+
+
+def test_the_card_names_the_papers_of_the_robust_form(tmp_path: Path):
+    card = unlearn_trainer(tiny_model(), tmp_path, robust="sam", sam_rho=0.1).card_text()
+    assert all(found in card for found in ("arXiv 2404.05868", "arXiv 2010.01412", "arXiv 2502.05374"))
+    assert card.count("@inproceedings{") == 3
+    assert set(ROBUST_UNLEARNING_PAPERS) == set(ROBUST_FORMS)
+    off = unlearn_trainer(tiny_model(), tmp_path, robust="sam", sam_rho=0.0)
+    assert "2010.01412" not in off.card_text()
 
 
 def test_the_parent_s_script_runs_and_the_card_names_the_method(tmp_path: Path):

@@ -19,6 +19,7 @@ from hf_robust.attacks.results import AttackResult
 from hf_robust.cli import main
 from hf_robust.cli.evaluate_unlearning import EvaluateUnlearningArguments, is_wanted
 from hf_robust.data.behavior import Behavior
+from hf_robust.metrics.proportions import wilson_interval
 from hf_robust.report import (
     LogitLensProbe,
     Measurement,
@@ -34,7 +35,9 @@ from hf_robust.report.unlearning_attacks import Changed
 from hf_robust.report.unlearning_figures import (
     Point,
     attack_rates,
+    curve,
     known,
+    layers,
     mean_interval,
     model_utility,
     points_of,
@@ -147,9 +150,12 @@ def test_a_model_that_knows_stands_at_the_ceiling_and_one_that_does_not_at_the_f
     assert value("membership_inference", "forget")["oracle"] == 0.0  # it knows the "holdout" of this test instead
     # Nothing was forgotten, so nothing can be recovered; of the oracle nothing comes back
     assert value("recovery", attack="q8") == {"model": None, "original": None, "oracle": 0.0}
-    # What the last layer says is what the model says
+    # What the last layer says is what the model says: of the answers, which are the last words of the completions
+    asked = [row["completion"][0]["content"] for row in rows(FORGET)]
+    prompts = [row["prompt"] for row in rows(FORGET)]
+    losses = [of_one for of_one, _ in score_answers(models["original"], tokenizer, prompts, asked, batch_size=4)]
     layers = [m for m in report.measurements if m.metric == "layer_probability" and m.subject == "model"]
-    assert layers[-1].value == pytest.approx(value("answer_probability", "forget")["model"], rel=1e-5)
+    assert layers[-1].value == pytest.approx(sum(math.exp(-of_one[-1]) for of_one in losses) / 4, rel=1e-5)
     assert [m.split for m in layers] == [f"layer {n + 1}" for n in range(len(layers))] and len(layers) > 1
     curve = [m for m in report.measurements if m.metric == "relearned" and m.subject == "oracle"]
     assert [(m.split, m.attack) for m in curve] == [("step 0", "relearn, lr 0.001"), ("step 2", "relearn, lr 0.001")]
@@ -305,10 +311,48 @@ def test_utility_and_quality_worked_out_by_hand():
     for row in (*low, *high):
         row["scores"]["truth_ratio"] = None
     assert quality("m", low, high)[0].value == 1.0 and "probability" in quality("m", low, high)[0].unit
-    assert mean_interval([0.0, 1.0]) == (0.5, pytest.approx(0.5 - 0.98), pytest.approx(0.5 + 0.98))
+    assert mean_interval([2.0, 3.0]) == (2.5, pytest.approx(2.5 - 0.98), pytest.approx(2.5 + 0.98))
     assert mean_interval([2.0]) == (2.0, None, None)
     metrics = [m.metric for m in known("m", "forget", low)]
     assert metrics == ["answer_probability"]
+
+
+def test_intervals_are_over_groups_worked_out_by_hand():
+    # Two facts in two phrasings each: both phrasings of the first are known
+    behaviors = [Behavior(id=n, prompt="p", category=n[1], metadata={"group": n[0]}) for n in ("ax", "ay", "bx", "by")]
+    plain = [asked(b.id, b.id[0] == "a") for b in behaviors]
+    points = [Point(None, None, 0, {"ax": True, "ay": True}, {})]
+    found = {(m.metric, m.split): m for m in attack_rates("m", behaviors, plain, {}, {"q": points})}
+    whole, one = found["pre_attack_success_rate", "all"], found["attack_success_rate", "all"]
+    assert (whole.value, whole.count) == (0.5, 4) and (whole.low, whole.high) == wilson_interval(1, 2)
+    assert (one.value, one.count) == (1.0, 2) and (one.low, one.high) == wilson_interval(1, 1)
+    found_any = found["attack_success_rate_any", "all"]
+    assert (found_any.low, found_any.high) == wilson_interval(1, 2)
+    category = found["pre_attack_success_rate", "category:x"]
+    assert (category.low, category.high) == wilson_interval(1, 2)
+    groups = {b.id: b.metadata["group"] for b in behaviors}
+    steps = [Point(3, 0.1, 0, {b.id: b.id[0] == "a" for b in behaviors}, {"r": True})]
+    relearned = next(
+        m for m in curve("m", "q", steps, {"forget": groups, "retain": {"r": "r"}}) if m.metric == "relearned"
+    )
+    assert (relearned.low, relearned.high) == wilson_interval(1, 2)
+    # Means: what the phrasings of a fact say twice counts once; unequal groups by the sums of their deviations
+    assert mean_interval([0.0, 0.0, 1.0, 1.0], list("aabb")) == mean_interval([0.0, 1.0], most=math.inf)
+    deviations = [-0.75, -0.25 + 0.5 + 0.5]  # of 0, 0.5, 1.25 and 1.25 from 0.75
+    half = 1.96 * math.sqrt(2 * sum(part**2 for part in deviations)) / 4
+    values = [0.0, 0.5, 1.25, 1.25]
+    assert mean_interval(values, list("abbb")) == (0.75, pytest.approx(0.75 - half), pytest.approx(0.75 + half))
+    assert mean_interval([1.0, 2.0], ["a", "a"]) == (1.5, None, None)
+
+
+def test_intervals_of_shares_end_at_0_and_1():
+    listed = [asked(str(n), True, rouge=float(n > 0), truth_ratio=float(n)) for n in range(4)]
+    found = {m.metric: m for m in known("m", "forget", listed)}
+    assert found["rouge"].value == 0.75 and found["rouge"].high == 1.0 and found["rouge"].low > 0
+    assert found["truth_ratio"].high > 1 and found["truth_ratio"].low > 0
+    rows = [{"id": str(n), "layers": [float(n > 0)]} for n in range(4)]
+    assert layers("m", "lens", rows)[0].high == 1.0
+    assert layers("m", "lens", rows, dict.fromkeys("0123", "one"))[0].high is None
 
 
 def test_questions_that_ask_for_the_same_thing_count_once_in_forget_quality(tokenizer, models):

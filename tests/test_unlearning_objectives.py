@@ -17,6 +17,7 @@ from hf_robust.objectives import (
     simnpo_loss,
     undial_loss,
 )
+from hf_robust.objectives.unlearning import _Undial
 
 # Two tokens of a vocabulary of three; probabilities 1/4, 1/4, 1/2 and 1/2, 1/3, 1/6
 LOGITS = torch.tensor([[1.0, 1.0, 2.0], [3.0, 2.0, 1.0]]).log()
@@ -81,6 +82,60 @@ def test_ce_u_s_target_is_the_model_s_own_prediction_without_the_true_token():
     torch.testing.assert_close(
         logits.grad, torch.tensor([[-1 / 4, -1 / 4, 1 / 2], [1 / 2, 1 / 3 - 2 / 3, 1 / 6 - 1 / 3]])
     )
+
+
+def _plain(kind: str, logits: torch.Tensor, reference: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The definitions, whose gradients autograd finds."""
+    places, logits = targets.unsqueeze(1), logits.float()
+    if kind == "ce_u":
+        adjusted = logits.detach().scatter(1, places, -torch.inf)
+    else:
+        adjusted = reference.float() - 10.0 * torch.zeros_like(logits).scatter(1, places, 1.0)
+    return torch.nn.functional.cross_entropy(logits, adjusted.softmax(-1), reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["undial", "ce_u"])
+def test_closed_forms_are_the_definitions(kind: str, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    given, reference = (6 * torch.randn(2, 7, 50, generator=generator)).to(dtype)
+    targets = torch.randint(50, (7,), generator=generator)
+    given[0] += 40  # an offset that says nothing
+    given[1, targets[1]] += 80  # sure of the true token
+    given[2, targets[2]] -= 80
+    weights, found = torch.rand(7, generator=generator), []
+    for plain in (False, True):
+        logits = given.clone().requires_grad_()
+        if plain:
+            values = _plain(kind, logits, reference, targets)
+        else:
+            values = undial_loss(logits, reference, targets) if kind == "undial" else ce_u_loss(logits, targets)
+        (weights * values).sum().backward()
+        found.append((values.detach(), logits.grad))
+    (values, gradient), (expected, wanted) = found
+    assert gradient is not None and gradient.dtype == dtype
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, wanted)
+
+
+def test_the_closed_form_in_double_precision_and_not_twice():
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    targets = torch.tensor([[1], [4], [0]])
+    assert torch.autograd.gradcheck(lambda z: _Undial.apply(z, reference, targets, 2.0), (logits.requires_grad_(),))
+    for values in (undial_loss(logits, reference, targets[:, 0]), ce_u_loss(logits, targets[:, 0])):
+        with pytest.raises(RuntimeError, match="closed form and cannot be differentiated again"):
+            torch.autograd.grad(values.sum(), logits, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["undial", "ce_u"])
+def test_one_distribution_is_kept_for_the_backward(kind: str):
+    kept: list[int] = []
+    logits = torch.randn(4, 100, requires_grad=True)
+    reference, targets = torch.randn(4, 100), torch.arange(4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        undial_loss(logits, reference, targets) if kind == "undial" else ce_u_loss(logits, targets)
+    assert sum(size == logits.numel() for size in kept) == 1
 
 
 def test_rmu_s_direction_is_a_unit_vector_of_the_seed_alone():

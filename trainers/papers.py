@@ -108,6 +108,54 @@ PIXEL_ADVERSARIAL_TRAINING = {
         }"""),
 }
 
+# Robust unlearning of language models, by `robust`
+_UNLEARNING_WITH_SAM = {
+    "title": "Towards LLM Unlearning Resilient to Relearning Attacks: A Sharpness-Aware Minimization Perspective and Beyond",
+    "id": "2502.05374",
+    "citation": textwrap.dedent("""\
+        @inproceedings{fan2025towards,
+            title     = {{Towards LLM Unlearning Resilient to Relearning Attacks: A Sharpness-Aware Minimization Perspective
+                         and Beyond}},
+            author    = {Chongyu Fan and Jinghan Jia and Yihua Zhang and Anil Ramakrishna and Mingyi Hong and Sijia Liu},
+            year      = 2025,
+            booktitle = {International Conference on Machine Learning (ICML)},
+        }"""),
+}
+ROBUST_UNLEARNING_PAPERS = {
+    "none": (),
+    "sam": (
+        {
+            "title": "Sharpness-Aware Minimization for Efficiently Improving Generalization",
+            "id": "2010.01412",
+            "citation": textwrap.dedent("""\
+                @inproceedings{foret2021sharpness,
+                    title     = {{Sharpness-Aware Minimization for Efficiently Improving Generalization}},
+                    author    = {Pierre Foret and Ariel Kleiner and Hossein Mobahi and Behnam Neyshabur},
+                    year      = 2021,
+                    booktitle = {International Conference on Learning Representations (ICLR)},
+                }"""),
+        },
+        _UNLEARNING_WITH_SAM,
+    ),
+    "smooth": (_UNLEARNING_WITH_SAM,),
+    "latent": (
+        {
+            "title": "Latent Adversarial Training Improves Robustness to Persistent Harmful Behaviors in LLMs",
+            "id": "2407.15549",
+            "citation": textwrap.dedent("""\
+                @article{sheshadri2024latent,
+                    title   = {{Latent Adversarial Training Improves Robustness to Persistent Harmful Behaviors in LLMs}},
+                    author  = {Abhay Sheshadri and Aidan Ewart and Phillip Guo and Aengus Lynch and Cindy Wu and Vivek Hebbar
+                               and Henry Sleight and Asa Cooper Stickland and Ethan Perez and Dylan Hadfield-Menell and
+                               Stephen Casper},
+                    year    = 2024,
+                    journal = {arXiv preprint arXiv:2407.15549},
+                }"""),
+        },
+    ),
+    "embedding": (CONTINUOUS_ATTACKS,),
+}
+
 # Unlearning of language models, by `loss_type`
 UNLEARNING_PAPERS = {
     "grad_diff": {

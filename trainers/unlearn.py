@@ -17,10 +17,11 @@ from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from hf_robust.objectives import rmu_direction
+from hf_robust.report.report import Report
 from hf_robust.trainers.attack_arguments import take_over
-from hf_robust.trainers.card import CardTrainer
 from hf_robust.trainers.meters import Meters
-from hf_robust.trainers.papers import UNLEARNING_PAPERS
+from hf_robust.trainers.papers import ROBUST_UNLEARNING_PAPERS, UNLEARNING_PAPERS
+from hf_robust.trainers.row_trainer import RowTrainer
 from hf_robust.trainers.unlearn_checks import check_arguments, check_model, freeze_all_but_named
 from hf_robust.trainers.unlearn_config import UnlearnConfig
 from hf_robust.trainers.unlearn_data import (
@@ -31,6 +32,7 @@ from hf_robust.trainers.unlearn_data import (
     ROW,
     PairCollator,
     PairedRows,
+    check_collated_labels,
     check_labels,
     check_overlap,
     check_rows,
@@ -54,7 +56,7 @@ logger = logging.getLogger(__name__)
 DIRECTION_FILE = "rmu_direction.safetensors"
 
 
-class UnlearnTrainer(CardTrainer, SFTTrainer):
+class UnlearnTrainer(RowTrainer, SFTTrainer):
     """
     Trainer that makes a language model forget some rows and keep others, so that it goes on not knowing them when it is
     attacked, fine-tuned or quantised (`args.robust`).
@@ -110,6 +112,7 @@ class UnlearnTrainer(CardTrainer, SFTTrainer):
     """
 
     _tag_names = ["hf_robust", "unlearning", "trl", "sft"]
+    _row_arguments = {"train": "forget_dataset", "retain": "retain_dataset", "eval": "eval_dataset"}
     _name = "Unlearning"
     train_dataset: Any
     data_collator: Any
@@ -177,22 +180,30 @@ class UnlearnTrainer(CardTrainer, SFTTrainer):
     # ---- Data ----
 
     def _pairs(self, forget: Dataset, given: int, retain: Dataset | None) -> PairedRows:
-        """Both kinds of rows, tokenised (the parent has done it for the forget rows), with a label in each."""
-        if not self._skip_prepare_dataset:
-            skip = self.args.ce_u_skip_tokens if self.args.loss_type == "ce_u" else 0
-            forget = check_labels(forget, given, "forget_dataset", self.args.max_length, skip)
-        else:
+        """Both kinds of rows with a label in each, tokenised but for images (the parent has done it for the forget rows)."""
+        skip = self.args.ce_u_skip_tokens if self.args.loss_type == "ce_u" else 0
+        length, collator = self.args.max_length, self.data_collator
+        as_batches: dict[str, Any] = {
+            "batch_size": self.args.per_device_train_batch_size,
+            "progress": not self.args.disable_tqdm,
+        }
+        if self._skip_prepare_dataset:
             forget = forget.remove_columns(ROW)
+            check_collated_labels(forget, collator, "forget_dataset", length, skip, **as_batches)
+        else:
+            forget = check_labels(forget, given, "forget_dataset", length, skip)
         if retain is not None:
             if self._is_vision_dataset != any(c in retain.column_names for c in IMAGE_COLUMNS):
                 raise ValueError(
                     "`forget_dataset` and `retain_dataset` must both have images, or neither: rows of the two are made into "
                     f"batches alike. Their columns are {forget.column_names} and {retain.column_names}."
                 )
-            if not self._skip_prepare_dataset:
+            if self._skip_prepare_dataset:
+                check_collated_labels(retain, collator, "retain_dataset", length, **as_batches)
+            else:
                 count = len(retain)
                 retain = self._prepare_like_parent(_numbered(retain), "retain")
-                retain = check_labels(retain, count, "retain_dataset", self.args.max_length)
+                retain = check_labels(retain, count, "retain_dataset", length)
         return PairedRows(forget, retain, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def _prepare_like_parent(self, dataset: Dataset, name: str) -> Dataset:
@@ -426,7 +437,15 @@ class UnlearnTrainer(CardTrainer, SFTTrainer):
             operations += own // 3 if computed else 0
         return operations
 
-    # ---- Saving ----
+    # ---- Card and saving ----
+
+    def training_report(self, title: str | None = None) -> Report:
+        """The parent's, with the papers of the robust form beside the loss's."""
+        report = super().training_report(title)
+        for paper in () if self.perturbation.is_off else ROBUST_UNLEARNING_PAPERS[self.args.robust]:
+            report.method["paper"] += f"; {paper['title']}, arXiv {paper['id']}"
+            report.method["citation"] += f"\n\n{paper['citation']}"
+        return report
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The parent's files and RMU's direction."""

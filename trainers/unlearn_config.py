@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig
 
 from hf_robust.objectives.unlearning import FORGET_LOSSES, RETAIN_LOSSES
-from hf_robust.threats import check_at_least, check_choice
+from hf_robust.threats import check_at_least, check_choice, check_count, check_number
 from hf_robust.trainers.phases import RunArguments
 from hf_robust.trainers.unlearn_robust import RobustArguments
 
@@ -107,9 +107,10 @@ class UnlearnConfig(RobustArguments, RunArguments, SFTConfig):
             check_at_least("beta", self.beta, 1e-6, f"{_BETA[kind]:g} is the default of {kind!r}.")
         check_at_least("forget_weight", self.forget_weight, 1e-12, "To train on retain rows alone use `SFTTrainer`.")
         check_at_least("retain_weight", self.retain_weight, 0, "Use 0 to leave the term out.")
-        check_at_least("ce_u_skip_tokens", self.ce_u_skip_tokens, 0, "Use 0 to forget the whole answer.")
+        check_count("ce_u_skip_tokens", self.ce_u_skip_tokens, 0, "Use 0 to forget the whole answer.")
         if isinstance(self.activation_layer, bool) or not isinstance(self.activation_layer, int):
             raise ValueError(f"`activation_layer={self.activation_layer!r}` must be the number of a layer, such as 7.")
+        check_number("simnpo_delta", self.simnpo_delta, "The released code takes 0.")
         check_at_least("rmu_coefficient", self.rmu_coefficient, 0, "Use about the norm of the hidden states.")
         if self.rmu_weights is not None and (kind != "rmu" or not self.rmu_weights):
             raise ValueError(

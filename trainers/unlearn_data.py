@@ -1,14 +1,19 @@
 """Forget rows and retain rows as the pairs that [`UnlearnTrainer`] trains on."""
 
-from collections.abc import Callable
+import contextlib
+import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from tqdm.auto import tqdm
 from trl import is_conversational_from_value, maybe_convert_to_chatml
 
 from hf_robust.data import forget_retain_overlap, load_utility
 from hf_robust.data.checks import SHOWN_ROWS
+from hf_robust.data.text_rows import rows_explained
 from hf_robust.trainers.unlearn_losses import REFERENCE
 
 IMAGE_COLUMNS = ("image", "images")
@@ -152,21 +157,26 @@ def check_overlap(
     forget: Dataset, retain: Dataset, formatting_func: Callable[[Any], str] | None = None, text_field: str = "text"
 ) -> None:
     """
-    Refuse rows that are to be forgotten and kept at once. Rows with images are not looked at: the same question about another
-    image is another row.
+    Refuse rows that are to be forgotten and kept at once. The same question about another image is another row; images are
+    compared pixel by pixel.
 
     Args:
         forget: rows to forget, as given.
         retain: rows to keep, as given.
-        formatting_func: the trainer's argument.
+        formatting_func: the trainer's argument, which rows with images are not given to.
         text_field: column of plain text, the configuration's `dataset_text_field`.
 
     Raises:
         ValueError: there are such rows; the message has their numbers.
     """
     if any(column in dataset.column_names for dataset in (forget, retain) for column in IMAGE_COLUMNS):
-        return
-    both = forget_retain_overlap(*(_spoken(rows, formatting_func, text_field) for rows in (forget, retain)))
+        both = _overlap_with_images(forget, retain, text_field)
+    else:
+        named = {"retain_dataset": retain, "forget_dataset": forget} if formatting_func is None else {}
+        with contextlib.ExitStack() as stack:
+            for name, rows in named.items():
+                stack.enter_context(rows_explained(rows, name, text_field=text_field))
+            both = forget_retain_overlap(*(_spoken(rows, formatting_func, text_field) for rows in (forget, retain)))
     if both:
         shown = ", ".join(f"{a} ({b})" for a, b in both[:SHOWN_ROWS]) + (", …" if len(both) > SHOWN_ROWS else "")
         raise ValueError(
@@ -189,6 +199,42 @@ def _spoken(dataset: Dataset, formatting_func: Callable[[Any], str] | None, text
     return dataset
 
 
+def _overlap_with_images(forget: Dataset, retain: Dataset, text_field: str) -> list[tuple[int, int]]:
+    """Numbers of the rows that say the same about the same images."""
+    said = []
+    for dataset in (forget, retain):
+        words = dataset.remove_columns([column for column in IMAGE_COLUMNS if column in dataset.column_names])
+        said.append(list(_spoken(words, None, text_field)))
+    # Images are opened where words do not tell rows apart, and nowhere else
+    alike = [[number for number, _ in forget_retain_overlap(*pair)] for pair in (said, said[::-1])]
+    rows = [
+        [_beside_images(words[number], dataset[number]) for number in numbers]
+        for words, dataset, numbers in zip(said, (forget, retain), alike, strict=True)
+    ]
+    return [(alike[0][first], alike[1][second]) for first, second in forget_retain_overlap(*rows)]
+
+
+def _beside_images(words: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says, with digests of its images in front."""
+    images = [row["image"]] if row.get("image") is not None else row.get("images") or []
+    digests = " ".join(map(_digest, images))
+    first = next(name for name in ("messages", "prompt", "text", "question") if words.get(name) is not None)
+    value = words[first]
+    said = [{"role": "image", "content": digests}, *value] if isinstance(value, list) else f"{digests} {value}"
+    return {**words, first: said}
+
+
+def _digest(image: Any) -> str:
+    """Of a picture its size and pixels; of its path, its file's bytes or an array, those."""
+    if hasattr(image, "convert"):
+        data = str(image.size).encode() + image.convert("RGBA").tobytes()
+    elif isinstance(image, Mapping):
+        data = image.get("bytes") or str(image.get("path")).encode()
+    else:
+        data = np.asarray(image).tobytes()
+    return hashlib.sha256(data).hexdigest()
+
+
 def check_labels(prepared: Dataset, given: int, argument: str, max_length: int | None, skip_tokens: int = 0) -> Dataset:
     """
     Rows ready to be paired, without the columns that nobody needs any more.
@@ -209,6 +255,46 @@ def check_labels(prepared: Dataset, given: int, argument: str, max_length: int |
         for number, labels in zip(prepared[ROW], prepared["labels"], strict=True)
         if sum(label != -100 for label in labels) > skip_tokens and any(label != -100 for label in labels[1:])
     }
+    _refuse_unlabelled(labelled, given, argument, max_length, skip_tokens)
+    return prepared.select_columns(["input_ids", "labels"])
+
+
+def check_collated_labels(
+    dataset: Dataset,
+    collator: Callable[[list[Any]], dict[str, Any]],
+    argument: str,
+    max_length: int | None,
+    skip_tokens: int = 0,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> None:
+    """
+    Refuse rows without a label where labels are made with each batch, as those of rows with images are: every batch is made
+    once, which takes as long as it takes in an epoch.
+
+    Args:
+        dataset: rows as the collator takes them.
+        collator: makes a batch of rows.
+        argument: see [`check_labels`].
+        max_length: see [`check_labels`].
+        skip_tokens: see [`check_labels`].
+        batch_size: rows in a batch.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: rows without a label token; the message has their numbers.
+    """
+    labelled: set[int] = set()
+    for start in tqdm(range(0, len(dataset), batch_size), desc=f"Labels of {argument}", disable=not progress):
+        places = range(start, min(start + batch_size, len(dataset)))
+        given = collator([dataset[place] for place in places])["labels"] != -100
+        enough = (given.sum(dim=1) > skip_tokens) & given[:, 1:].any(dim=1)
+        labelled |= {place for place, is_enough in zip(places, enough.tolist(), strict=True) if is_enough}
+    _refuse_unlabelled(labelled, len(dataset), argument, max_length, skip_tokens)
+
+
+def _refuse_unlabelled(labelled: set[int], given: int, argument: str, max_length: int | None, skip_tokens: int) -> None:
     missing = [number for number in range(given) if number not in labelled]
     if missing:
         beyond = f" behind the first {skip_tokens} (`ce_u_skip_tokens`)" if skip_tokens else ""
@@ -217,4 +303,3 @@ def check_labels(prepared: Dataset, given: int, argument: str, max_length: int |
             f"`{argument}` has {len(missing)} of {given} rows without a label token{beyond}: rows {shown}. They hold no "
             f"answer, or `max_length={max_length!r}` cuts it off. Fill them, take them out, or raise `max_length`."
         )
-    return prepared.select_columns(["input_ids", "labels"])

@@ -1,5 +1,7 @@
 """Losses that make a language model forget, and those that keep the rest, from logits and hidden states."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -67,12 +69,9 @@ def undial_loss(
         beta: how much the true token's logit is lowered; 10 as in the paper.
 
     Returns:
-        `[N]` float32, in nats.
+        `[N]` float32, in nats. Its gradient is in closed form, and cannot be differentiated again (RuntimeError).
     """
-    adjusted = reference_logits.detach().float()
-    lowered = adjusted.gather(1, targets.unsqueeze(1)) - beta
-    target = adjusted.scatter(1, targets.unsqueeze(1), lowered).softmax(dim=-1)
-    return F.cross_entropy(logits.float(), target, reduction="none")
+    return _Undial.apply(logits.float(), reference_logits.detach().float(), targets.unsqueeze(1), beta)
 
 
 def ce_u_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -84,10 +83,62 @@ def ce_u_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         targets: `[N]` int64 label token ids, to which the target gives no probability.
 
     Returns:
-        `[N]` float32, in nats.
+        `[N]` float32, in nats. Its gradient is in closed form, and cannot be differentiated again (RuntimeError).
     """
-    own = logits.detach().float().scatter(1, targets.unsqueeze(1), -torch.inf).softmax(dim=-1)
-    return F.cross_entropy(logits.float(), own, reduction="none")
+    return _CrossEntropyUnlearning.apply(logits.float(), targets.unsqueeze(1))
+
+
+class _ClosedForm(torch.autograd.Function):
+    """
+    Cross-entropy against a distribution that is no function of the logits, whose gradient is prediction minus target. Of the
+    distributions over the vocabulary a forward keeps one for the backward, and two while it runs.
+    """
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():  # `create_graph=True`; the second derivative would be 0, without a word
+            raise RuntimeError(
+                "UNDIAL's and CE-U's gradients are in closed form and cannot be differentiated again: leave out "
+                "`create_graph=True`, or use another optimizer or loss."
+            )
+        direction, scale = ctx.saved_tensors
+        grad = grad.unsqueeze(1)
+        return direction * (grad if scale is None else scale * grad), *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class _Undial(_ClosedForm):
+    """UNDIAL of `[N, V]` logits, `[N, V]` reference logits and `[N, 1]` targets."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, reference: torch.Tensor, targets: torch.Tensor, beta: float
+    ) -> torch.Tensor:
+        rest = reference.scatter(1, targets, reference.gather(1, targets) - beta)
+        target, probs = rest.softmax(dim=-1), logits.softmax(dim=-1)
+        # log p = z - max z + log max p, so no tensor of log-probabilities is made
+        torch.sub(logits, logits.amax(dim=-1, keepdim=True), out=rest)
+        values = -probs.amax(dim=-1).log() - rest.mul_(target).sum(dim=-1)
+        ctx.save_for_backward(probs.sub_(target), None)
+        return values
+
+
+class _CrossEntropyUnlearning(_ClosedForm):
+    """
+    CE-U of `[N, V]` logits and `[N, 1]` targets, from the target distribution q alone: with p the probability of the true token
+    y, the prediction is (1 - p) q elsewhere, so the loss is H(q) - log(1 - p) and its gradient p (1_y - q).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rest = logits.scatter(1, targets, -torch.inf)
+        top = rest.amax(dim=-1, keepdim=True)
+        own = rest.sub_(top).softmax(dim=-1)
+        mass = -own.amax(dim=-1, keepdim=True).log()  # log-sum-exp of the other tokens, less `top`
+        ahead = logits.gather(1, targets) - top - mass  # log-odds of the true token
+        rest.scatter_(1, targets, 0.0)  # the target gives it nothing
+        values = F.softplus(ahead) + mass - rest.mul_(own).sum(dim=-1, keepdim=True)
+        ctx.save_for_backward(own.scatter_(1, targets, -1.0), -ahead.sigmoid())
+        return values.squeeze(1)
 
 
 def rmu_direction(width: int, seed: int) -> torch.Tensor:

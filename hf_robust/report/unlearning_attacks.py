@@ -250,8 +250,9 @@ class LogitLensProbe:
             forget: questions.
 
         Returns:
-            For each question `id` and `layers`: the probability of the completion, to the power of 1 / its tokens, after each
-            layer (`None` where it is not finite).
+            For each question `id` and `layers`: after each layer the probability of the answer that the judge looks for where
+            it stands in the completion, else of the whole completion, to the power of 1 / its tokens (`None` where it is
+            not finite).
         """
         found = logit_lens(model, tokenizer, forget, batch_size=self.batch_size)
         return [

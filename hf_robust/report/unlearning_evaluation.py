@@ -102,7 +102,8 @@ def evaluate_unlearning(
         The report. Of each model: `pre_attack_success_rate` (forget questions answered), `attack_success_rate` of each attack
         and `attack_success_rate_any`, `utility` of each other list (under attacks on weights, too), `relearned` and
         `relearned_utility` by step; `rouge`, `answer_probability`, `extraction_strength`, `truth_ratio`, `model_utility`,
-        `membership_inference`; with an oracle `forget_quality`. `runs`: what the attacks on `model` spent. `flags`.
+        `membership_inference`; with an oracle `forget_quality`. 95 % intervals are over groups where rows have a `group`.
+        `runs`: what the attacks on `model` spent. `flags`.
 
     Raises:
         ValueError: an empty list of questions, ids given twice, a name that means something else, an output or controls folder
@@ -344,6 +345,7 @@ def _measure(
     found: list[Measurement] = []
     # Of questions that ask for the same thing one: a test over all would take them for independent
     first = set({group_of(question): question.id for question in reversed(questions["forget"])}.values())
+    groups = {name: {question.id: group_of(question) for question in listed} for name, listed in questions.items()}
     alone = {one: [row for row in rows[one, "forget"] if row["id"] in first] for one in subjects}
     for one in subjects:
         every = {name: points_of(rows.get((one, name), [])) for name in on_weights}
@@ -354,16 +356,16 @@ def _measure(
             found += recoveries(one, rows[one, "forget"], rows["original", "forget"], prompted, changed)
         kept = {name: rows[one, name] for name in questions if name not in ("forget", "holdout")}
         for name, listed in {"forget": rows[one, "forget"], **kept}.items():
-            found += known(one, name, listed)
+            found += known(one, name, listed, groups[name])
         found += model_utility(one, kept)
         if "holdout" in questions:
             found += membership(one, rows[one, "forget"], rows[one, "holdout"])
         if "oracle" in subjects:
             found += quality(one, alone[one], alone["oracle"])
         for name, points in changed.items():
-            found += curve(one, name, points)
+            found += curve(one, name, points, groups)
         for name, listed in prompted.items():
             found += costs(one, name, listed)
         for name in probes:
-            found += layers(one, name, rows.get((one, name), []))
+            found += layers(one, name, rows.get((one, name), []), groups["forget"])
     return found

@@ -1,15 +1,23 @@
-"""From records of an unlearning evaluation to figures: pure functions over rows."""
+"""
+From records of an unlearning evaluation to figures: pure functions over rows.
+
+Phrasings of one fact (rows of one `group`) stand or fall together, so no more of them are taken for independent than there are
+groups: Wilson's interval of a share counts groups instead of questions, that of a mean is cluster-robust. Values and `count`
+are over questions all the same.
+"""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_robust.data.behavior import Behavior
 from hf_robust.metrics import unlearning as metrics
+from hf_robust.metrics.proportions import wilson_interval
 from hf_robust.report.evaluation_figures import problem, share, success_rates
 from hf_robust.report.evaluation_records import Row
 from hf_robust.report.report import AttackSummary, Measurement
+from hf_robust.report.unlearning_rows import group_of
 
 # Scores of a row that are reported as means: name of the figure, unit
 SCORES = {
@@ -18,6 +26,8 @@ SCORES = {
     "extraction": ("extraction_strength", "of tokens"),
     "truth_ratio": ("truth_ratio", "wrong : right"),
 }
+# Of these, what is no share and has no upper end
+_UNBOUNDED = ("truth_ratio",)
 # What the KS test compares, in this order of preference
 _COMPARED = ("truth_ratio", "probability")
 # What takes part in model utility; of a truth ratio R (wrong to right answers) max(0, 1 - R)
@@ -99,37 +109,72 @@ def changed_nothing(rows: Sequence[Row], plain: Sequence[Row]) -> bool:
     return bool(after) and all(value is not None and value == was for was, value in after)
 
 
-def known(subject: str, name: str, rows: Sequence[Row]) -> list[Measurement]:
+def known(subject: str, name: str, rows: Sequence[Row], groups: Mapping[str, str] | None = None) -> list[Measurement]:
     """
     Figures of one list of questions, without attack: the share answered (`pre_attack_success_rate` of the forget set, else
-    `utility`), and means of the scores with normal 95 % intervals.
+    `utility`), and means of the scores with normal 95 % intervals, those of shares and probabilities within [0, 1].
 
     Args:
         subject: what the report calls the model.
         name: of the list: `"forget"`, `"retain"`, …
         rows: of [`~hf_robust.report.unlearning_rows.ask`].
+        groups: the group of each question by id ([`~hf_robust.report.unlearning_rows.group_of`]), which the intervals are
+            over. Default: each its own.
     """
-    found = [] if name == "forget" else share(subject, "utility", name, "none", _answered(rows))
+    found = []
+    if name != "forget":
+        judged = [row["id"] for row in rows if problem(row) is None]
+        found = _over_groups(share(subject, "utility", name, "none", _answered(rows)), lambda m: judged, groups)
     for key, (metric, unit) in SCORES.items():
-        values = [row["scores"][key] for row in rows if row["scores"][key] is not None]
-        if values and (name == "forget" or key != "extraction"):
-            mean, low, high = mean_interval(values)
-            found.append(Measurement.scalar(subject, metric, name, "none", mean, len(values), unit, low, high))
+        scored = {row["id"]: row["scores"][key] for row in rows if row["scores"][key] is not None}
+        if scored and (name == "forget" or key != "extraction"):
+            mean, low, high = mean_interval(
+                list(scored.values()), _groups(scored, groups), most=math.inf if key in _UNBOUNDED else 1.0
+            )
+            found.append(Measurement.scalar(subject, metric, name, "none", mean, len(scored), unit, low, high))
     return found
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+def mean_interval(
+    values: Sequence[float], groups: Sequence[str] | None = None, *, most: float = math.inf
+) -> tuple[float, float | None, float | None]:
     """
-    Mean with the ends of its normal 95 % interval; `None` for the latter with one value.
+    Mean with the ends of its normal 95 % interval; `None` for the latter with one group.
 
     Args:
-        values: at least one.
+        values: at least one, none negative.
+        groups: the group of each value; those of one group count as one observation (cluster-robust variance). Default: each
+            its own.
+        most: highest value that there can be; the interval ends there, and at 0.
     """
     mean = math.fsum(values) / len(values)
-    if len(values) < 2:
+    parts: dict[str | int, list[float]] = {}
+    names: Sequence[str | int] = range(len(values)) if groups is None else groups
+    for group, value in zip(names, values, strict=True):
+        parts.setdefault(group, []).append(value - mean)
+    if len(parts) < 2:
         return mean, None, None
-    half = 1.96 * math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-    return mean, mean - half, mean + half
+    spread = math.fsum(math.fsum(part) ** 2 for part in parts.values()) * len(parts) / (len(parts) - 1)
+    half = 1.96 * math.sqrt(spread) / len(values)
+    return mean, max(0.0, mean - half), min(most, mean + half)
+
+
+def _groups(ids: Iterable[str], groups: Mapping[str, str] | None) -> list[str]:
+    return [name if groups is None else groups[name] for name in ids]
+
+
+def _over_groups(
+    measurements: Sequence[Measurement],
+    counted: Callable[[Measurement], Iterable[str]],
+    groups: Mapping[str, str] | None,
+) -> list[Measurement]:
+    """Shares with the intervals of as many trials as there are groups among the questions (ids) that each is over."""
+    found = []
+    for m in measurements:
+        count = len(set(_groups(counted(m), groups)))
+        low, high = wilson_interval(m.value * count, count)
+        found.append(dataclasses.replace(m, low=low, high=high))
+    return found
 
 
 def attack_rates(
@@ -142,7 +187,7 @@ def attack_rates(
     """
     `pre_attack_success_rate`, `attack_success_rate` of each attack and `attack_success_rate_any` (with or without attack),
     over all forget questions and by category. An attack on weights counts with its strongest changed model, over the
-    questions that it has not trained on.
+    questions that it has not trained on. Intervals are over groups of questions.
 
     Args:
         subject: what the report calls the model.
@@ -155,9 +200,19 @@ def attack_rates(
     for name, points in changed.items():
         answers = strongest(points).forget
         rows[name] = [_row(answers.get(behavior.id)) for behavior in behaviors]
+    judged = {
+        name: {behavior.id for behavior, row in zip(behaviors, listed, strict=True) if problem(row) is None}
+        for name, listed in rows.items()
+    }
+    judged["any"] = set().union(*judged.values())
+
+    def counted(m: Measurement) -> list[str]:
+        return [b.id for b in behaviors if b.id in judged[m.attack] and m.split in ("all", f"category:{b.category}")]
+
+    groups = {behavior.id: group_of(behavior) for behavior in behaviors}
     return [
         dataclasses.replace(m, metric="pre_attack_success_rate") if m.attack == "none" else m
-        for m in success_rates(subject, behaviors, rows)
+        for m in _over_groups(success_rates(subject, behaviors, rows), counted, groups)
     ]
 
 
@@ -205,7 +260,9 @@ def _row(success: bool | None) -> Row:
     return {"result": {"error": error}, "verdict": {"success": bool(success), "error": None}}
 
 
-def curve(subject: str, name: str, points: Sequence[Point]) -> list[Measurement]:
+def curve(
+    subject: str, name: str, points: Sequence[Point], groups: Mapping[str, Mapping[str, str]] | None = None
+) -> list[Measurement]:
     """
     Figures of an attack on weights: `utility` of its strongest changed model, and, where it fine-tunes, `relearned` (share of
     forget questions answered) and `relearned_utility` by step, an attack's learning rate beside its name.
@@ -214,19 +271,31 @@ def curve(subject: str, name: str, points: Sequence[Point]) -> list[Measurement]
         subject: what the report calls the model.
         name: of the attack.
         points: its changed models.
+        groups: the group of each question by id, of the lists `"forget"` and `"retain"`; see [`known`].
     """
-    best = strongest(points)
-    found = _share(subject, "utility", "retain", name, best.retain)
+    best, groups = strongest(points), groups or {}
+    forget, retain = groups.get("forget"), groups.get("retain")
+    found = _share(subject, "utility", "retain", name, best.retain, retain)
     for point in points:
         if point.steps is not None:
             attack, split = f"{name}, lr {point.learning_rate:g}", f"step {point.steps}"
-            found += _share(subject, "relearned", split, attack, point.forget)
-            found += _share(subject, "relearned_utility", split, attack, point.retain)
+            found += _share(subject, "relearned", split, attack, point.forget, forget)
+            found += _share(subject, "relearned_utility", split, attack, point.retain, retain)
     return found
 
 
-def _share(subject: str, metric: str, split: str, attack: str, answers: Mapping[str, bool]) -> list[Measurement]:
-    return share(subject, metric, split, attack, [float(value) for value in answers.values()]) if answers else []
+def _share(
+    subject: str,
+    metric: str,
+    split: str,
+    attack: str,
+    answers: Mapping[str, bool],
+    groups: Mapping[str, str] | None,
+) -> list[Measurement]:
+    if not answers:
+        return []
+    found = share(subject, metric, split, attack, [float(value) for value in answers.values()])
+    return _over_groups(found, lambda m: answers, groups)
 
 
 def steps_of(measurements: Sequence[Measurement], metric: str, subject: str, attack: str) -> list[Measurement]:
@@ -248,7 +317,7 @@ def step_of(measurement: Measurement) -> int:
     return int(measurement.split.removeprefix("step "))
 
 
-def layers(subject: str, name: str, rows: Sequence[Row]) -> list[Measurement]:
+def layers(subject: str, name: str, rows: Sequence[Row], groups: Mapping[str, str] | None = None) -> list[Measurement]:
     """
     `layer_probability`: how probable the forgotten answers are after each layer, means over questions with normal 95 %
     intervals.
@@ -257,17 +326,16 @@ def layers(subject: str, name: str, rows: Sequence[Row]) -> list[Measurement]:
         subject: what the report calls the model.
         name: of the probe.
         rows: one for each question, with `layers`.
+        groups: see [`known`].
     """
     found = []
     for layer, values in enumerate(zip(*(row["layers"] for row in rows), strict=True), start=1):
-        known_values = [value for value in values if value is not None]
-        if known_values:
-            mean, low, high = mean_interval(known_values)
-            unit = "per token"
+        given = {row["id"]: value for row, value in zip(rows, values, strict=True) if value is not None}
+        if given:
+            mean, low, high = mean_interval(list(given.values()), _groups(given, groups), most=1.0)
+            split, unit = f"layer {layer}", "per token"
             found.append(
-                Measurement.scalar(
-                    subject, "layer_probability", f"layer {layer}", name, mean, len(known_values), unit, low, high
-                )
+                Measurement.scalar(subject, "layer_probability", split, name, mean, len(given), unit, low, high)
             )
     return found
 

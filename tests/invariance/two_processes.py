@@ -181,6 +181,11 @@ CELLS: dict[str, Callable[[str, int], Any]] = {
         {"peft_config": lora()}, loss_type="rmu", learning_rate=10.0, **CHECKPOINTING
     ),
     "unlearn-sam": _unlearn(robust="sam", sam_rho=0.1, gradient_accumulation_steps=2),
+    "unlearn-smooth": _unlearn(robust="smooth", smooth_rho=0.02, smooth_samples=2),
+    "unlearn-lora-latent": _unlearn(
+        {"peft_config": lora()}, robust="latent", latent_epsilon=0.5, latent_steps=2, gradient_accumulation_steps=2
+    ),
+    "unlearn-embedding": _unlearn(robust="embedding", attack_epsilon=0.5, attack_steps=2),
     "vlm-both": _vlm(perturbation="both", pixel_epsilon=0.1, embedding_epsilon=0.3),
     "noisefit": _noisefit(_noise(0)),
     "noisefit-accumulated": _noisefit(_noise(0), gradient_accumulation_steps=2),
@@ -228,6 +233,7 @@ def measured(trainer: Any) -> dict[str, Any]:
     return {
         "weights": train(trainer),
         "logged": [{k: e[k] for k in _LOGGED if k in e} for e in trainer.state.log_history],
+        "operations": trainer.state.total_flos,
         "num_processes": trainer.accelerator.num_processes,
         "wrapper": type(trainer.model_wrapped).__name__,
         "forwards": len(calls),

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_robust.attacks.forgetting.rows import forget_batch, forget_tokens
+from hf_robust.attacks.forgetting.probes import columns_of
+from hf_robust.attacks.forgetting.rows import ForgetTokens, forget_batch, forget_tokens
 from hf_robust.attacks.generation import evaluating
 from hf_robust.attacks.prompts import check_counts, pad_id
 from hf_robust.sites import LabelIndex, decoder_layers, label_logits
@@ -21,8 +23,8 @@ class LogitLens:
     Answers read off after each layer.
 
     Attributes:
-        log_probs: for each row `[layers, tokens]` float32 on the CPU: log-probability of each token of the answer, given those
-            before it, if the model ended after that layer.
+        log_probs: for each row `[layers, tokens]` float32 on the CPU: log-probability of each token that is measured (see
+            [`logit_lens`]), given those before it, if the model ended after that layer.
         ranks: for each row `[layers, tokens]` int64: how many tokens of the vocabulary are more likely, plus 1.
     """
 
@@ -35,7 +37,7 @@ class LogitLens:
         return int(self.log_probs[0].shape[0])
 
     def probabilities(self) -> list[float]:
-        """Of each layer the answers' probability, to the power of 1 / tokens each, mean over rows."""
+        """Of each layer the answers' probability, to the power of 1 / measured tokens each, mean over rows."""
         return torch.stack([found.mean(dim=1).exp() for found in self.log_probs]).mean(dim=0).tolist()
 
     def first(self) -> list[float]:
@@ -64,18 +66,22 @@ def logit_lens(model: nn.Module, tokenizer: Any, rows: Sequence[Any], *, batch_s
     Args:
         model: causal language model or PEFT model, unwrapped. Its mode, hooks and random state are the same afterwards.
         tokenizer: its tokenizer.
-        rows: mappings with `prompt` and `completion`, `messages`, `question` and `answer`, or `text`; or behaviours. Give what
-            is to be known as the completion and all before it as the prompt, to measure no words that anyone can guess.
+        rows: mappings with `prompt` and `completion`, `messages`, `question` and `answer`, or `text`; or behaviours. Measured
+            are the tokens of the row's `answer` (or `value`), which a judge looks for, where it stands in the completion (in
+            upper or lower case; its first occurrence); the words before it are given, those behind it are left out. Where
+            there is none, or it is nowhere in the completion as whole words, all tokens of the completion are measured,
+            words included that anyone can guess.
         batch_size: rows per forward. Behind the last layer there are as many times more as the model has layers.
 
     Returns:
-        Log-probabilities and ranks for each row, layer and token of the completion.
+        Log-probabilities and ranks for each row, layer and token that is measured.
 
     Raises:
         ValueError: no rows, a row without completion or too long, or layers that are not found.
     """
     check_counts({"batch_size": (batch_size, 1, "Give the rows per forward.")})
     tokens = forget_tokens(model, tokenizer, rows)
+    spans = [_span(tokenizer, row, of_row) for row, of_row in zip(rows, tokens, strict=True)]
     device, padding = next(model.parameters()).device, pad_id(model, tokenizer)
     depth = len(decoder_layers(model))
     found = LogitLens([], [])
@@ -83,6 +89,9 @@ def logit_lens(model: nn.Module, tokenizer: Any, rows: Sequence[Any], *, batch_s
         for start in range(0, len(tokens), batch_size):
             batch = tokens[start : start + batch_size]
             inputs, labels = forget_batch(batch, padding=padding, device=device)
+            for of_row, (first, end) in zip(labels, spans[start : start + batch_size], strict=True):
+                of_row[:first] = -100
+                of_row[end:] = -100
             index = LabelIndex.from_labels(labels.repeat(depth, 1))
             with _all_layers_at_the_end(model):
                 logits = label_logits(model, index, **inputs)
@@ -94,6 +103,22 @@ def logit_lens(model: nn.Module, tokenizer: Any, rows: Sequence[Any], *, batch_s
                 found.log_probs.append(log_probs[of_row].view(depth, -1).cpu())
                 found.ranks.append(ranks[of_row].view(depth, -1).cpu())
     return found
+
+
+def _span(tokenizer: Any, row: Any, tokens: ForgetTokens) -> tuple[int, int]:
+    """Where in a row's ids that begins and ends which is measured."""
+    ids = tokens.ids[tokens.start :]
+    answers = [value for name in ("answer", "value") if isinstance(value := columns_of(row).get(name), str)]
+    if any(map(str.strip, answers)):
+        # What each token adds, read off from the beginnings: tokens alone may be read otherwise
+        read = [tokenizer.decode(ids[:count]) for count in range(len(ids) + 1)]
+        for answer in filter(str.strip, answers):
+            found = re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", read[-1], re.IGNORECASE)
+            if found is not None:
+                first = max(count for count, text in enumerate(read[:-1]) if len(text) <= found.start())
+                end = min(count for count, text in enumerate(read) if len(text) >= found.end())
+                return tokens.start + first, tokens.start + end
+    return tokens.start, len(tokens.ids)
 
 
 @contextlib.contextmanager

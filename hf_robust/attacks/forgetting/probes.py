@@ -55,7 +55,13 @@ class ProbeResult:
     recall: float
 
 
-def _columns(row: Any) -> Mapping[str, Any]:
+def columns_of(row: Any) -> Mapping[str, Any]:
+    """
+    What a row says, by name.
+
+    Args:
+        row: a mapping, or a behaviour, whose metadata are columns too.
+    """
     return {**row.metadata, "answer": row.answer, "target": row.target} if isinstance(row, Behavior) else row
 
 
@@ -67,7 +73,7 @@ def _texts(columns: Mapping[str, Any], names: Sequence[str]) -> list[set[str]]:
 
 def _told_answer(row: Any) -> list[str] | None:
     """Words of the column `answer`, if it is a proper part of the completion."""
-    words, answer = rouge_words(question_and_answer(row)[1]), _columns(row).get("answer")
+    words, answer = rouge_words(question_and_answer(row)[1]), columns_of(row).get("answer")
     part = rouge_words(answer) if isinstance(answer, str) else []
     starts = range(len(words) - len(part) + 1)
     found = 0 < len(part) < len(words) and any(words[place : place + len(part)] == part for place in starts)
@@ -100,7 +106,7 @@ def secret_words(row: Any) -> list[str]:
     told = _told_answer(row)
     if told is not None:
         return told
-    words, columns = _telling_words(row), _columns(row)
+    words, columns = _telling_words(row), columns_of(row)
     right = _texts(columns, ["paraphrased_answer", "paraphrased_answers"])
     wrong = _texts(columns, ["perturbed_answer", "perturbed_answers"])
     if right:
@@ -150,7 +156,7 @@ def probe_target(row: Any, rows: Sequence[Any] | None = None, *, fallback: str |
     Raises:
         ValueError: a row without completion.
     """
-    given = _columns(row).get("target")
+    given = columns_of(row).get("target")
     if isinstance(given, str) and given.strip():
         return ProbeTarget(given, holds_answer(given, row), "given")
     text = _form(row)

@@ -1,5 +1,6 @@
 """Relearning: fine-tuning on part of the forget text, and what comes back with it."""
 
+import functools
 import logging
 import math
 import time
@@ -15,7 +16,7 @@ from hf_robust.attacks.forgetting.model_copy import own_copy
 from hf_robust.attacks.forgetting.rows import ForgetTokens, forget_batch, forget_tokens
 from hf_robust.attacks.prompts import check_counts, pad_id
 from hf_robust.objectives import per_row_mean, token_nll
-from hf_robust.sites import LabelIndex, keep_differentiable, label_logits
+from hf_robust.sites import LabelIndex, keep_differentiable, label_logits, quiet
 from hf_robust.threats import check_at_least, check_choice
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,8 @@ def relearn(
     Fine-tune copies of a model on forget text and measure it along the way. The model given is never changed.
 
     Plain fine-tuning: AdamW without weight decay at a constant learning rate, token-mean cross-entropy of the completions
-    with their eos, no dropout, each row once per round in an order drawn from `seed`. Full fine-tuning is done in float32
+    with their eos, no dropout, each row once per round in an order drawn from `seed`; activations are recomputed if the
+    model does so (activation checkpointing). Full fine-tuning is done in float32
     whatever the model's dtype: in bfloat16 small steps are rounded away, and the attack would look weaker than it is.
 
     Args:
@@ -226,6 +228,10 @@ def trainable_copy(model: nn.Module, method: str, *, rank: int, seed: int) -> tu
 
     trained: Any = own_copy(model).eval()
     keep_differentiable(trained)
+    for module in trained.modules():
+        function: Any = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(function, "keywords", {}).get("use_reentrant"):  # gives a new adapter no gradient
+            module._gradient_checkpointing_func = functools.partial(function.func, use_reentrant=False)
     if method == "full":
         if not all(parameter.is_floating_point() for parameter in trained.parameters()):
             raise ValueError("`method='full'` cannot train the whole numbers of a quantised base: use `method='lora'`.")
@@ -289,7 +295,10 @@ def _curve(
         start = time.perf_counter()
         inputs, labels = forget_batch([rows[row] for row in next(batches)], padding=padding, device=device)
         index = LabelIndex.from_labels(labels)
-        nn.functional.cross_entropy(label_logits(model, index, **inputs), index.targets).backward()
+        model.train()  # in evaluation mode nothing is recomputed, also where the model does so to save memory
+        with quiet(model):
+            nn.functional.cross_entropy(label_logits(model, index, **inputs), index.targets).backward()
+        model.eval()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds += time.perf_counter() - start
