@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_robust.trainers.checkpoints import RECORD, check_writable, newest_whole, problem_of
+from hf_robust.trainers.checkpoints import RECORD, check_writable, newest_whole, problem_of, saving
 from tests.helpers import tiny_model
 from tests.trainer_data import capo_trainer, cat_trainer, lora, max_difference, noisefit_trainer, train
 
@@ -77,6 +77,33 @@ def test_a_checkpoint_that_was_broken_off_is_passed_over(run: tuple[Path, Any], 
         (copy / "checkpoint-3" / name).unlink()
     assert same(resumed(copy, True), run[1])
     assert "checkpoint-3 is passed over: it has no whole trainer_state.json" in caplog.text
+
+
+def test_a_newer_checkpoint_without_a_record_is_passed_over_and_named(run: tuple[Path, Any], copy: Path, caplog: Any):
+    """A kill between the last file and the record."""
+    (copy / "checkpoint-3" / RECORD).unlink()
+    assert newest_whole(copy) == copy / "checkpoint-2"
+    assert f"checkpoint-3 is passed over: it has no {RECORD}" in caplog.text
+
+
+def test_a_process_that_dies_in_saving_takes_no_checkpoint_along(run: tuple[Path, Any], tmp_path: Path):
+    """
+    The first process neither calls a checkpoint whole nor removes the one before until the others have written what is
+    theirs: with the random state of one missing, a resumed run would be another, and nobody would know.
+    """
+    trainer = cat_trainer(tiny_model(), tmp_path, **{**SAVES, "save_total_limit": 1})
+    wait = trainer.accelerator.wait_for_everyone
+
+    def one_is_dead() -> None:
+        if (tmp_path / "checkpoint-2" / "rng_state.pth").exists():
+            raise RuntimeError("Connection closed by peer")
+        wait()
+
+    trainer.accelerator.wait_for_everyone = one_is_dead
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        train(trainer)
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-1"
+    assert same(resumed(tmp_path, True, save_total_limit=1), run[1])
 
 
 def test_a_missing_file(copy: Path):
@@ -202,6 +229,18 @@ def test_a_disk_that_fills_up_later(name: str, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="checkpoint-1 could not be written .*There is no earlier checkpoint"):
         train(trainer)
     assert not (tmp_path / "checkpoint-1").exists()
+
+
+def test_a_process_that_writes_a_part_removes_nothing(tmp_path: Path):
+    """And does not say so: the others may still be writing."""
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    with pytest.raises(
+        OSError, match=r"checkpoint-1 could not be written to .* are free there\)\. There is no earlier"
+    ):
+        with saving(folder, cleans_up=False):
+            raise OSError(28, "No space left on device")
+    assert folder.is_dir()
 
 
 def test_errors_that_are_none_of_writing_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -77,11 +77,12 @@ def saving(folder: Path, *, cleans_up: bool) -> Iterator[None]:
             raise  # it is written, and something else failed: a push to the Hub
         if cleans_up:
             shutil.rmtree(folder, ignore_errors=True)
+        removed = " and was removed" if cleans_up else ""  # others have written a file of it and do not see the rest
         last = newest_whole(folder.parent)
         remedy = "There is no earlier checkpoint" if last is None else f"The last whole checkpoint is {str(last)!r}"
         raise OSError(
             f"{folder.name} could not be written to `output_dir={str(folder.parent)!r}` ({_first_line(error)}; "
-            f"{_free(folder.parent)}) and was removed. {remedy}: make room or change the folder's permissions, then run again"
+            f"{_free(folder.parent)}){removed}. {remedy}: make room or change the folder's permissions, then run again"
             + ("." if last is None else " with `resume_from_checkpoint=True`.")
         ) from error
 
@@ -140,7 +141,10 @@ def newest_whole(output_dir: str | os.PathLike[str]) -> Path | None:
             logger.warning("%s is passed over: %s.", path, problem)
     whole = [path for path in ordered if problems[path] is None]
     # Without a record: of a plain Trainer, or one whose writing was broken off at the very end
-    return next((path for path in whole if _record_of(path) is not None), whole[0] if whole else None)
+    recorded = next((path for path in whole if _record_of(path) is not None), None)
+    for path in whole[: whole.index(recorded) if recorded is not None else 0]:
+        logger.warning("%s is passed over: it has no %s, so that writing it was broken off.", path, RECORD)
+    return recorded if recorded is not None else next(iter(whole), None)
 
 
 def checkpoint_to_resume(given: Any, output_dir: str | os.PathLike[str], settings: Mapping[str, Any]) -> str | None:
