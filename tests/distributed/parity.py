@@ -158,7 +158,7 @@ def _run(cells: Sequence[str] | None, strategies: Sequence[str], folder: Path, d
                 found = {"error": traceback.format_exc()}
                 print(found["error"], flush=True)  # the other process may wait for this one now, and end the run
             torch.save(found, folder / (_DONE % (strategy, name, rank)))
-            # transformers takes ZeRO-3 to be on, and splits what is made, for as long as something keeps the last cell's trainer
+            # transformers takes ZeRO-3 to be on, and splits what is made, while something keeps the last cell's trainer
             unset_hf_deepspeed_config()
     if torch.distributed.is_initialized():  # not where every cell failed at the start
         torch.distributed.destroy_process_group()
