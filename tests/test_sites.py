@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from hf_robust.sites import (
@@ -530,4 +530,13 @@ def test_adapter_off_puts_back_what_is_trained_after_an_error():
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with pytest.raises(RuntimeError, match="^of the user$"), adapter_off(model):
         raise RuntimeError("of the user")
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained
+
+
+def test_adapter_off_of_an_adapter_that_wraps_modules():
+    config = AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")
+    model, batch = get_peft_model(tiny_model(), config).eval(), inputs_of(tiny_batch())
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with adapter_off(model):
+        torch.testing.assert_close(model(**batch).logits, tiny_model().eval()(**batch).logits)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == trained

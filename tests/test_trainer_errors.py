@@ -185,6 +185,8 @@ def test_unknown_names_come_with_the_nearest_known_one(
         (CATConfig, "neftune_noise_alpha", "5"),
         (CATConfig, "label_smoothing_factor", 2),
         (CATConfig, "max_grad_norm", None),
+        (CATConfig, "max_grad_norm", float("nan")),
+        (CATConfig, "num_train_epochs", -1),
         (CATConfig, "weight_decay", 2**70),
         (CAPOConfig, "loss_type", 0.5),
         (CAPOConfig, "loss_type", []),
@@ -207,6 +209,15 @@ def test_values_of_another_type_or_range(config: Any, name: str, value: Any, tmp
     """Each of these once went as far as an error inside a step, or to weights of NaN."""
     with refused(f"`{name}=", re.escape(repr(value))):
         config(str(tmp_path), use_cpu=True, bf16=False, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"max_grad_norm": float("inf")}, {"max_grad_norm": -1.0}, {"num_train_epochs": -1, "max_steps": 2},
+     {"per_device_eval_batch_size": 0}],
+)  # fmt: skip
+def test_what_the_parents_train_with_is_taken(given: dict[str, Any], tmp_path: Path):
+    CATConfig(str(tmp_path), use_cpu=True, bf16=False, **given)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0])

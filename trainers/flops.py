@@ -37,10 +37,17 @@ def parameter_count(model: nn.Module) -> int:
     Returns:
         0 for a model that has no `num_parameters`.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    split = sum(getattr(p, "ds_numel", 0) for p in model.parameters() if id(p) not in embeddings)
     count: Any = getattr(model, "num_parameters", None)
-    return split or (0 if count is None else count(exclude_embeddings=True))
+    if not hasattr(next(model.parameters(), None), "ds_numel"):
+        return 0 if count is None else count(exclude_embeddings=True)
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return sum(_weights(p) for p in model.parameters() if id(p) not in embeddings)
+
+
+def _weights(parameter: Any) -> int:
+    """Of a parameter that ZeRO-3 has split; two weights of bitsandbytes' 4-bit kind are stored in a byte."""
+    is_packed = type(parameter).__name__ == "Params4bit"
+    return parameter.ds_numel * (2 * parameter.element_size() if is_packed else 1)
 
 
 @torch.no_grad()

@@ -18,13 +18,10 @@ PHASES = ("data", "attack", "forward", "backward", "optimizer", "other")
 _PARENT_FIELDS: tuple[tuple[str, Callable[..., None], int, str], ...] = (
     ("learning_rate", check_at_least, 0, "1e-5 is a usual rate."),
     ("weight_decay", check_at_least, 0, "Use 0 for none."),
-    ("max_grad_norm", check_at_least, 0, "Use 0 to clip nothing."),
     ("warmup_steps", check_at_least, 0, "Give steps, or a share of the training below 1."),
-    ("num_train_epochs", check_at_least, 0, "Give the number of epochs."),
     ("label_smoothing_factor", check_at_least, 0, "Use 0 for none."),
     ("neftune_noise_alpha", check_at_least, 0, "Leave it unset for no noise."),
     ("per_device_train_batch_size", check_count, 1, "Give the rows of a batch on one device."),
-    ("per_device_eval_batch_size", check_count, 1, "Give the rows of a batch on one device."),
     ("gradient_accumulation_steps", check_count, 1, "Use 1 to update at each batch."),
     ("max_length", check_count, 1, "Use `None` to cut nothing."),
     ("seed", check_count, 0, "Give a number below 2**32."),
@@ -55,6 +52,11 @@ class RunArguments:
             value = getattr(self, name, least)
             if value is not None or name not in _OPTIONAL:
                 check(name, value, least, remedy)
+        norm = getattr(self, "max_grad_norm", 0)  # at most 0 it clips nothing; infinite, it is logged besides
+        if isinstance(norm, bool) or not isinstance(norm, int | float) or norm != norm:
+            raise ValueError(f"`max_grad_norm={norm!r}` must be a number. Use 0 to clip nothing.")
+        if getattr(self, "max_steps", 1) <= 0:  # steps override epochs
+            check_at_least("num_train_epochs", getattr(self, "num_train_epochs", 0), 0, "Give the number of epochs.")
         smoothing = getattr(self, "label_smoothing_factor", 0)
         if smoothing > 1:
             raise ValueError(

@@ -42,5 +42,7 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 def _mark(model: nn.Module, trained: dict[str, bool]) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad != trained[name]:
-            parameter.requires_grad_(trained[name])
+        # Adapters that wrap whole modules take the wrapping off, and with it change names
+        wanted = trained.get(name, parameter.requires_grad)
+        if parameter.requires_grad != wanted:
+            parameter.requires_grad_(wanted)
