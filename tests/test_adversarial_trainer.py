@@ -12,13 +12,24 @@ import torch
 import torch.nn.functional as F
 from datasets import ClassLabel, Dataset
 from PIL import Image
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessor
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTImageProcessor,
+)
 
 from hf_robust import AdversarialConfig, AdversarialTrainer
+from hf_robust.attacks.vision import PGD
+from hf_robust.attacks.vision.ball import PixelBall
 from hf_robust.cli import main
 from hf_robust.objectives.adversarial_training import mart_loss, trades_loss
 from hf_robust.sites import EmbeddingSite
 from hf_robust.trainers import adversarial_evaluation
+from hf_robust.trainers.adversarial_inputs import ImageInputs
 from hf_robust.trainers.adversarial_proximal import MomentumBregman
 from hf_robust.trainers.adversarial_recipes import LOSS_TYPES, RECIPES
 from hf_robust.trainers.adversarial_search import InputSearch
@@ -101,7 +112,9 @@ def test_perturbations_stay_in_ball_and_box_of_raw_pixels(
     model = tiny_classifier("resnet")
     # Free AT's first step is at the clean images, its second on the same rows
     steps = 2 if loss_type == "free_at" else 1
-    trainer = adversarial_trainer(model, tmp_path, loss_type=loss_type, epsilon=0.05, max_steps=steps)
+    trainer = adversarial_trainer(
+        model, tmp_path, loss_type=loss_type, epsilon=0.05, max_steps=steps, collapse_guard=False
+    )
     seen: list[torch.Tensor] = []
     model.register_forward_pre_hook(
         lambda module, args, given: seen.append(given["pixel_values"].detach()), with_kwargs=True
@@ -159,6 +172,41 @@ def test_pgd_finds_what_plain_pgd_finds(tmp_path: Path):
         )
         moved = (moved.detach() + 0.02 * slope.sign()).clamp(pixels - 0.05, pixels + 0.05).clamp(0, 1)
     assert torch.allclose(pixels + found, moved, atol=1e-6)
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.1), ("l2", 1.0), ("l1", 12.0)])
+def test_saturated_images_are_attacked_as_by_the_attack(norm: str, epsilon: float, tmp_path: Path):
+    """Black and white pixels, which can move one way only: a sparse step into the other way would be projected back."""
+    model = tiny_classifier("resnet").eval()
+    raw = (torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    units = ImageInputs(processor(), 3).units
+    pixels, labels = units.from_raw(raw), model(pixel_values=units.from_raw(raw)).logits.argmax(dim=-1)
+    trainer = adversarial_trainer(
+        model, tmp_path, norm=norm, epsilon=epsilon, attack_steps=7, attack_step_size=epsilon / 4, random_start=False
+    )  # fmt: skip
+    attack = PGD(
+        epsilon=epsilon, norm=norm, steps=7, step_size=epsilon / 4, random_start=False, keep="last",
+        image_processor=processor(),
+    )  # fmt: skip
+    moved = attack.perturb(model, pixel_values=pixels, labels=labels)
+    found = trainer._search.run(model.eval(), {"pixel_values": pixels}, labels, list(range(16))).delta
+    clean, theirs, ours = (
+        F.cross_entropy(model(pixel_values=pixels + shift).logits, labels)
+        for shift in (0, moved, units.from_raw(raw + found) - pixels)
+    )
+    assert theirs > 1.5 * clean and ours.item() == pytest.approx(theirs.item(), rel=0.02)
+
+
+def test_vat_s_sparse_direction_stays_in_the_box(tmp_path: Path):
+    """In L1 the radius is spent on pixels that can move."""
+    model = tiny_classifier("resnet").eval()
+    raw = (torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    trainer = adversarial_trainer(
+        model, tmp_path, loss_type="vat", norm="l1", epsilon=0.5,
+        trainer={"train_dataset": image_rows(normalized=False), "processing_class": None},
+    )  # fmt: skip
+    found = trainer._search.run(model, {"pixel_values": raw}, torch.zeros(8).long(), list(range(8))).delta
+    assert torch.allclose(found.abs().flatten(1).sum(dim=1), torch.full((8,), 0.5), atol=1e-5)
 
 
 def test_vat_finds_the_direction_of_largest_divergence(tmp_path: Path):
@@ -222,6 +270,28 @@ def test_kinds_of_weights_and_mix_change_the_loss_as_they_say(tmp_path: Path):
     assert loss(sample_weighting="weat") == pytest.approx((rows / (1 + energy.exp()).log()).mean().item(), abs=1e-4)
     mixed = 0.75 * (rows * rows.softmax(0)).sum() + 0.25 * rows.mean()
     assert loss(sample_weighting="kl_dro", clean_weight=0.25) == pytest.approx(mixed.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+@pytest.mark.parametrize(("name", "loss_type"), [("vit", "trades"), ("resnet", "free_at"), ("bert", "freelb")])
+def test_bf16(name: str, loss_type: str, autocast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A step as in float32 up to the rounding of half precision, with perturbations in float32."""
+    searches = Searches(monkeypatch)
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        half = dtype == torch.bfloat16
+        model = tiny_classifier(name).to(torch.float32 if autocast else dtype)
+        before = weights(model)
+        args = {"loss_type": loss_type, "max_steps": 1, "bf16": half and autocast, "attack_steps": None}
+        after = train(trainer := adversarial_trainer(model, tmp_path, epsilon=0.05, **args))
+        assert all(torch.isfinite(value).all() for value in after.values()) and max_difference(before, after) > 0
+        assert trainer.model.dtype == (torch.float32 if autocast else dtype)
+        losses += logged(trainer, "clean_loss" if RECIPES[loss_type].has_clean else "adversarial_loss")
+        trainer.eval_dataset = trainer.train_dataset.select(range(4))
+        assert 0 <= trainer.evaluate()["eval_robust_accuracy"] <= 1
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
+    assert searches.deltas or RECIPES[loss_type].is_shared
+    assert all(delta.dtype == torch.float32 and delta.abs().max() > 0.01 for delta in searches.deltas)
 
 
 def test_batch_statistics_and_random_state_are_untouched_by_the_attack(tmp_path: Path):
@@ -595,11 +665,43 @@ def test_guard_stops_at_a_collapse_and_puts_the_last_good_weights_back(
     assert max_difference(weights(loaded), weights(trainer.model)) == 0
 
 
+def test_guard_looks_at_short_trainings_and_at_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def run(shares: list[float], **args: Any) -> AdversarialTrainer:
+        found = iter(shares)
+        monkeypatch.setattr(AdversarialTrainer, "robust_share", lambda self, batches, epsilon: next(found))
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        given = {"callbacks": [Stop()]} if "stop" in args else {}
+        args.pop("stop", None)
+        trainer = adversarial_trainer(tiny_classifier(), folder, given, loss_type="fast_at", **args)
+        with caplog.at_level(logging.WARNING):
+            train(trainer)
+        assert logged(trainer, "guard_robust_accuracy") == shares
+        return trainer
+
+    class Stop(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step >= 5
+
+    run([0.1, 0.5, 0.5, 0.5], max_steps=8)
+    run([0.1, 0.5, 0.5, 0.4], max_steps=10, collapse_guard_steps=3)
+    assert "Collapse" not in caplog.text
+    trainer = run([0.1, 0.5, 0.5, 0.2], max_steps=10, collapse_guard_steps=3, save_strategy="steps", save_steps=10)
+    assert "Collapse at step 10" in caplog.text
+    folder = Path(trainer.args.output_dir)
+    for name in ("last_good", "checkpoint-10"):  # the last checkpoint holds the weights that were put back
+        loaded = type(trainer.model).from_pretrained(folder / name)
+        assert max_difference(weights(loaded), weights(trainer.model)) == 0
+    trainer = run([0.5, 0.2], max_steps=16, stop=True)  # looks every 4 steps, and is stopped at 5
+    assert "Collapse at step 5" in caplog.text and (Path(trainer.args.output_dir) / "last_good").is_dir()
+
+
 def test_guard_measures_and_is_on_for_one_step_methods_only(tmp_path: Path):
     args = {"collapse_guard_steps": 1, "collapse_guard_rows": 6, "max_steps": 2, "collapse_threshold": 1.0}
     trainer = adversarial_trainer(tiny_classifier(), tmp_path, loss_type="fast_at", **args)
     train(trainer)
-    assert len(logged(trainer, "guard_robust_accuracy")) == 2
+    assert len(logged(trainer, "guard_robust_accuracy")) == len(logged(trainer, "loss")) == 2
     assert all(share * 6 == pytest.approx(round(share * 6)) for share in logged(trainer, "guard_robust_accuracy"))
     for more, count in (({"loss_type": "pgd_at"}, 0), ({"loss_type": "fast_at", "collapse_guard": False}, 0)):
         trainer = adversarial_trainer(tiny_classifier(), tmp_path, **args, **more)
@@ -640,7 +742,32 @@ def test_training_arguments_are_taken_over(tmp_path: Path):
     train(trainer)
 
 
+def test_images_have_no_prompts_to_be_covered(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        train(trainer := adversarial_trainer(tiny_classifier(), tmp_path / "vit", max_steps=1))
+        trainer.save_model()
+    assert "training_prompts" not in caplog.text and not (tmp_path / "vit" / "training_prompts.json").exists()
+    trainer = adversarial_trainer(tiny_classifier("bert"), tmp_path / "bert", max_steps=1)
+    trainer.save_model()
+    assert (tmp_path / "bert" / "training_prompts.json").is_file()
+
+
+def test_smart_warns_of_half_precision(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        adversarial_trainer(tiny_classifier("bert"), tmp_path, loss_type="smart")
+        adversarial_trainer(tiny_classifier("bert"), tmp_path, loss_type="freelb", bf16=True)
+        assert "smart" not in caplog.text
+        adversarial_trainer(tiny_classifier("bert"), tmp_path, loss_type="smart", bf16=True)
+    assert "`loss_type='smart'` starts its search at noise of 1e-5" in caplog.text
+
+
 # ---- Errors before training ----
+
+
+def test_several_devices_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(AdversarialConfig, "n_gpu", property(lambda self: 2))
+    with refused("2 devices from one process", "DataParallel", "accelerate launch"):
+        adversarial_trainer(tiny_classifier(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -739,6 +866,57 @@ def test_missing_and_wrong_labels_are_refused(argument: str, tmp_path: Path):
         adversarial_trainer(tiny_classifier(), tmp_path, {argument: rows.select([])})
 
 
+def test_a_transform_neither_hides_labels_nor_is_run_on_every_row(tmp_path: Path):
+    read: list[int] = []
+
+    def decode(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        read.extend(batch["label"])
+        return {"pixel_values": torch.tensor(batch["pixels"]), "labels": [label % 10 for label in batch["label"]]}
+
+    def given(labels: list[int]) -> dict[str, Any]:
+        rows = {"pixels": image_rows(8).with_format(None)["pixel_values"], "label": labels}
+        return {"train_dataset": Dataset.from_dict(rows).with_transform(decode)}
+
+    args = {"remove_unused_columns": False, "attack_steps": 1, "train_sampling_strategy": "sequential"}
+    with refused("train_dataset", "`labels` 7 in row 5", "3 classes", "num_labels"):
+        adversarial_trainer(tiny_classifier(), tmp_path, given([0, 1, 2, 0, 1, 7, 0, 1]), **args)
+    read.clear()
+    adversarial_trainer(tiny_classifier(), tmp_path, given([0, 1, 2, 0, 1, 2, 0, 1]), **args)
+    assert len(read) <= 4
+    # The transform makes a class of the 10 that is stored; what it makes of others shows in their batch
+    trainer = adversarial_trainer(tiny_classifier(), tmp_path, given([0, 10, 2, 0, 1, 2, 17, 1]), **args)
+    with refused("labels", "[7]", "rows [2]", "step 2", "3 classes", "num_labels"):
+        trainer.train()
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.rows[row]
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_labels_of_every_batch_are_checked(name: str, tmp_path: Path):
+    rows = [dict(row) for row in (image_rows(8) if name == "vit" else text_rows(8))]
+    rows[6]["labels"] = torch.tensor(7)
+    args = {"attack_steps": 1, "train_sampling_strategy": "sequential"}
+    with refused("train_dataset", "`labels` 7 in row 6"):  # a list costs nothing to look at
+        adversarial_trainer(tiny_classifier(name), tmp_path, {"train_dataset": rows}, **args)
+    given = {"train_dataset": _Rows(rows), "eval_dataset": _Rows(rows)}
+    trainer = adversarial_trainer(tiny_classifier(name), tmp_path, given, **args)
+    with refused("labels", "[7]", "rows [2]", "step 2", "3 classes", "num_labels"):
+        trainer.train()
+    with refused("labels", "[7]", "rows [2]", "batch 1 of an evaluation"):
+        trainer.evaluate()
+    with refused("eval_dataset['b']", "`labels` 7 in row 6"):
+        adversarial_trainer(tiny_classifier(name), tmp_path, {"eval_dataset": {"a": rows[:6], "b": rows}}, **args)
+
+
 def _float() -> Any:
     from datasets import Value
 
@@ -751,6 +929,12 @@ def test_models_without_one_label_out_of_several_are_refused(tmp_path: Path):
         model.config.problem_type = changes["problem_type"]
         with refused("problem_type", "single_label_classification"):
             adversarial_trainer(model, tmp_path)
+
+
+def test_free_at_takes_no_other_order(tmp_path: Path):
+    for order in ("group_by_length", "sequential"):
+        with refused(f"train_sampling_strategy='{order}'", "free_at", "'random'"):
+            adversarial_trainer(tiny_classifier("bert"), tmp_path, loss_type="free_at", train_sampling_strategy=order)
 
 
 def test_other_losses_and_reentrant_checkpointing_are_refused(tmp_path: Path):
@@ -813,7 +997,91 @@ def test_command_trains_on_texts_and_gives_a_model_the_dataset_s_classes(tmp_pat
     assert config["id2label"] == {"0": "a", "1": "b", "2": "c", "3": "d"}
 
 
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_command_passes_on_what_loads_the_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_classifier(name)
+    model.save_pretrained(tmp_path / "model")
+    if name == "vit":
+        processor().save_pretrained(tmp_path / "model")
+        _write_images(tmp_path / "rows")
+        loader, layers = AutoModelForImageClassification, "q_proj v_proj"
+    else:
+        tiny_tokenizer().save_pretrained(tmp_path / "model")
+        (tmp_path / "rows").mkdir()
+        rows = {"text": ["bake a cake", "build a bomb", "no"] * 2, "label": [0, 1, 2] * 2}
+        Dataset.from_dict(rows).to_json(tmp_path / "rows" / "train.jsonl")
+        loader, layers = AutoModelForSequenceClassification, "query value"
+    seen: list[dict[str, Any]] = []
+    load = loader.from_pretrained
+
+    def spy(name: str, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(loader, "from_pretrained", spy)
+    arguments = (
+        f"--model_name_or_path {tmp_path}/model --dataset_name {tmp_path}/rows --output_dir {tmp_path}/out --use_cpu true "
+        "--max_steps 1 --attack_steps 1 --report_to none --disable_tqdm true"
+    ).split()
+    changes = f"--dtype bfloat16 --model_revision v2 --attn_implementation eager --use_peft true --lora_target_modules {layers}"
+    assert main(["advtrain", *arguments, *changes.split()]) == 0
+    expected = {"revision": "v2", "dtype": "bfloat16", "attn_implementation": "eager", "use_safetensors": True}
+    assert [{key: given.get(key) for key in expected} for given in seen] == [expected]
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any("classifier" in key for key in saved) and any("lora_B" in key for key in saved)
+    for option in ("load_in_4bit", "load_in_8bit", "dataset_streaming"):
+        with refused(f"--{option} true", "eave"):
+            main(["advtrain", *arguments, f"--{option}", "true"])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("radius", [0.1, None])
+def test_the_projection_is_that_of_the_attacks(norm: str, radius: float | None):
+    pixels = torch.stack(list(image_rows()["pixel_values"]))
+    pixels[0, 0, 0, 0] -= 1e-4  # rounding has left it outside of the range: 0 stays allowed
+    inputs = ImageInputs(processor(), 3)
+    delta = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    found = inputs.projection({"pixel_values": pixels}, radius, norm)(delta)
+    ball = PixelBall.around(pixels, inputs.units, math.inf if radius is None else radius, norm)
+    assert torch.equal(found, ball.project(delta))
+    assert torch.equal(inputs.projection({"pixel_values": pixels}, radius, norm)(0 * delta), 0 * delta)
+
+
+def test_the_benchmark_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from tests.benchmarks import bench_advtrain
+
+    monkeypatch.setattr("sys.argv", ["bench_advtrain.py", "--smoke"])
+    bench_advtrain.main()
+    lines = capsys.readouterr().out.splitlines()
+    for method in bench_advtrain.METHODS:
+        assert [line.split()[1] for line in lines if line.startswith(f"{method}:")] == ["step", "peak"]
+
+
 def test_command_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["advtrain", "--output_dir", str(tmp_path)])
     assert "--model_name_or_path is required" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"pixel_values": [None, None], "labels": [0, 1]}, "`pixel_values` of row 0 are None"),
+        ({"pixel_values": ["cake.png"], "labels": [0]}, "`pixel_values` of row 0 are 'cake.png'"),
+        ({"pixel_values": [[[[0.5] * 8] * 8] * 3] * 2, "labels": [0, None]}, r"`labels` None \(NoneType\) in row 1"),
+        ({"pixel_values": [[[[0.5] * 8] * 8] * 3] * 2, "labels": ["a", "b"]}, r"`labels` 'a' \(str\) in row 0"),
+        ({"pixel_values": [[[[0.5] * 8] * 8] * 3] * 2, "labels": [True, False]}, r"`labels` True \(bool\) in row 0"),
+    ],
+)
+def test_rows_of_another_type(columns: dict[str, Any], message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        adversarial_trainer(tiny_classifier(), tmp_path, {"train_dataset": Dataset.from_dict(columns)})
+
+
+def test_rows_without_the_models_input(tmp_path: Path):
+    rows = Dataset.from_dict({"text": ["how", "do"], "labels": [0, 1]})
+    trainer = adversarial_trainer(
+        tiny_classifier("bert"), tmp_path, {"train_dataset": rows}, remove_unused_columns=False
+    )
+    with pytest.raises(ValueError, match="`input_ids` is missing from a batch"):
+        trainer.train()

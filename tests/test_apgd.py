@@ -67,6 +67,9 @@ def test_linear_model(linear, loss):
     theirs = reference(model, images, labels, loss, restarts=RESTARTS[loss])
     assert (robust.float().mean() - theirs.float().mean()).abs() <= 0.005
     assert (robust == theirs).float().mean() >= 0.99
+    # What is left: rows within rounding of the boundary, as far as ours is the one that misses them. On DLR theirs misses a
+    # row that ours breaks, at an exact margin of -0.61: there is nothing to be said against that
+    assert (margins[robust & ~theirs].abs() < 1e-3).all()
     if loss == "targeted_dlr":
         assert robust.float().mean() - exact.float().mean() <= 0.002
         assert (margins[robust != theirs].abs() < 1e-3).all()

@@ -173,6 +173,30 @@ def test_a_non_finite_gradient_of_a_finite_loss(keep):
     torch.testing.assert_close(result.delta, torch.tensor([[[0.0, 0.0]], [[0.7, 0.7]]]))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_entry_of_a_gradient_stops_its_row_and_large_ones_do_not(bad):
+    slopes = torch.full((3, 2, 256), 1e36)  # whose sum over a row is more than a float32 holds
+    slopes[0, 1, 200] = bad
+    slopes[2, 0] = -1e36
+
+    class Sloped(torch.autograd.Function):
+        """A loss of 0 with these slopes: a loss of which the gradient alone is bad."""
+
+        @staticmethod
+        def forward(ctx, delta):
+            return delta.new_zeros(len(delta))
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.view(-1, 1, 1) * slopes
+
+    result = search(lambda delta: (Sloped.apply(delta), None), torch.zeros(3, 2, 256), steps=1)
+    assert result.non_finite.tolist() == [True, False, False]
+    expected = -0.1 * slopes.sign()
+    expected[0] = 0.0
+    assert torch.equal(result.delta, expected)
+
+
 @pytest.mark.parametrize("keep", KEEPS)
 def test_a_row_that_hits_stops_there(keep):
     def loss_fn(delta):

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
+    AutoModel,
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
@@ -391,6 +392,39 @@ def test_bad_pixels_of_any_batch_are_refused_with_their_rows_and_step(value: flo
         trainer.train()
 
 
+def test_a_transform_does_not_hide_labels(tmp_path: Path):
+    def renamed(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        return {"image": batch["image"], "labels": [label % 10 for label in batch["label"]]}
+
+    def given(labels: list[int]) -> dict[str, Any]:
+        rows = {"image": [picture(i) for i in range(8)], "label": labels}
+        features = Features({"image": Image(), "label": Value("int64")})
+        return {"train_dataset": Dataset.from_dict(rows, features=features).with_transform(renamed)}
+
+    args = {"loss_type": "tecoa", "class_names": NAMES, "train_sampling_strategy": "sequential"}
+    with pytest.raises(ValueError, match="label 7 in row 5.*3 `class_names`"):
+        clip_trainer(tiny_clip(), tmp_path, given([0, 1, 2, 0, 1, 7, 0, 1]), **args)
+    trainer = clip_trainer(tiny_clip(), tmp_path, given([0, 10, 2, 0, 1, 2, 17, 1]), **args)
+    with pytest.raises(ValueError, match=r"`labels` holds \[7\] in rows \[2\] of the batch at step 2.*`class_names`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+@pytest.mark.parametrize("loss_type", ["fare", "pmg_aft"])
+def test_bf16(loss_type: str, autocast: bool, tmp_path: Path):
+    """A step as in float32 up to the rounding of half precision."""
+    losses = []
+    for half in (False, True):
+        model = tiny_clip().to(torch.bfloat16 if half and not autocast else torch.float32)
+        before = weights(model.vision_model)
+        trainer = clip_trainer(model, tmp_path, loss_type=loss_type, bf16=half and autocast, max_steps=1)
+        after = train(trainer)
+        assert all(value.isfinite().all() for value in after.values())
+        assert max_difference(before, weights(model.vision_model)) > 0
+        losses += logged(trainer, "attack_loss_last")
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
+
+
 # ---- Command line ----
 
 
@@ -414,3 +448,44 @@ per_device_train_batch_size: 4
     assert main(["clip", "--config", str(tmp_path / "config.yaml")]) == 0
     assert CLIPVisionModel.from_pretrained(tmp_path / "out" / "vision_tower")
     assert CLIPModel.from_pretrained(tmp_path / "out" / "clip")
+
+
+def test_command_line_passes_on_what_loads_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clip = tiny_clip()
+    clip.save_pretrained(tmp_path / "clip")
+    processor().save_pretrained(tmp_path / "clip")
+    pictures().to_parquet(tmp_path / "rows.parquet")
+    arguments = (
+        f"--model_name_or_path {tmp_path}/clip --dataset_name {tmp_path}/rows.parquet --output_dir {tmp_path}/out --use_cpu "
+        "true --report_to none --max_steps 1 --attack_steps 1 --per_device_train_batch_size 4"
+    ).split()
+    seen: list[dict[str, Any]] = []
+    load = AutoModel.from_pretrained
+
+    def spy(name: str, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", spy)
+    loading = "--model_revision v2 --dtype bfloat16 --attn_implementation eager"
+    lora = "--use_peft true --lora_target_modules q_proj v_proj"
+    assert main(["clip", *arguments, *loading.split(), *lora.split()]) == 0
+    expected = {"revision": "v2", "dtype": "bfloat16", "attn_implementation": "eager", "use_safetensors": True}
+    assert seen == [expected]
+    saved = CLIPModel.from_pretrained(tmp_path / "out" / "clip", dtype="auto")
+    assert saved.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="`--load_in_4bit true`.*hf-robust clip"):
+        main(["clip", *arguments, "--load_in_4bit", "true"])
+
+
+@pytest.mark.parametrize("label", [[0, None], ["1", "cake"], [0.0, 0.5], [0.0, float("nan")]])
+def test_labels_that_number_no_class(label: list[Any], tmp_path: Path):
+    rows = Dataset.from_dict({"pixel_values": [[[[0.5] * 8] * 8] * 3] * 2, "labels": label})
+    with pytest.raises(ValueError, match="`train_dataset` has the label .* in row [01] of `labels`"):
+        clip_trainer(tiny_clip(), tmp_path, {"train_dataset": rows})
+
+
+@pytest.mark.parametrize("pixels", [None, "cake.png", []])
+def test_pixels_that_are_none(pixels: Any, tmp_path: Path):
+    with pytest.raises(ValueError, match="`pixel_values`"):
+        clip_trainer(tiny_clip(), tmp_path, {"train_dataset": Dataset.from_dict({"pixel_values": [pixels] * 2})})

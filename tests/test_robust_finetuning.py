@@ -321,8 +321,25 @@ def test_rift_refuses(tmp_path):
         rift(Classifier(), args, train_dataset=data(), attack=Sign(), held_out=0.001)
     with pytest.raises(ValueError, match="`alphas"):
         rift(Classifier(), args, train_dataset=data(), attack=Sign(), alphas=(2.0,))
-    with pytest.raises(ValueError, match="`modules` is empty"):
-        rift(Classifier(), args, train_dataset=data(), attack=Sign(), modules=[])
+    for modules in ([], ["frozen", "identity"]):
+        with pytest.raises(ValueError, match="`modules=.*` has no module with trainable weights"):
+            rift(Classifier(), args, train_dataset=data(), attack=Sign(), modules=modules)
+    adapted = get_peft_model(Classifier(), LoraConfig(r=2, target_modules=["first", "head"]))
+    before = copy.deepcopy(adapted.state_dict())
+    with pytest.raises(ValueError, match="`model` has LoRA adapters.*merge_and_unload"):
+        rift(adapted, args, train_dataset=data(), attack=Sign())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
+
+
+def test_frozen_modules_are_no_candidates(tmp_path, caplog):
+    """Their criticality is 0, the lowest there is."""
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, max_steps=1, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    result = rift(
+        Classifier().train(), args, train_dataset=data(), attack=Sign(), modules=["frozen", "head"], alphas=(1.0,)
+    )
+    assert result.module == "head" and set(result.criticality) == {"head"} and "frozen" in caplog.text
 
 
 def test_adversarial_batches_cost_accuracy():

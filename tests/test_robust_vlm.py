@@ -137,6 +137,26 @@ def test_the_attack_stays_in_its_balls_and_raises_the_loss(perturbation: str, tm
         assert found.embeddings[inputs["input_ids"] == 27].abs().max() > 0
 
 
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+@pytest.mark.parametrize("perturbation", ["pixels", "both"])
+def test_bf16(perturbation: str, autocast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A step as in float32 up to the rounding of half precision, with perturbations in float32."""
+    found: list[Any] = []
+    search = VLMAttack.search
+    monkeypatch.setattr(VLMAttack, "search", lambda *args, **kwargs: found.append(search(*args, **kwargs)) or found[-1])
+    losses = []
+    for half in (False, True):
+        model = tiny_llava().to(torch.bfloat16 if half and not autocast else torch.float32)
+        before = weights(model)
+        args = {"pixel_epsilon": EPSILON, "embedding_epsilon": 0.2, "bf16": half and autocast, "max_steps": 1}
+        trainer = vlm_trainer(model, tmp_path, perturbation=perturbation, **args)
+        after = train(trainer)
+        assert all(value.isfinite().all() for value in after.values()) and max_difference(before, after) > 0
+        losses += logged(trainer, "loss")
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+    assert {each.result.delta.dtype for each in found} == {torch.float32}
+
+
 @pytest.mark.parametrize(("perturbation", "times"), [("embeddings", 1), ("both", 5)])
 def test_the_tower_runs_once_where_no_pixel_moves(perturbation: str, times: int, tmp_path: Path):
     trainer = vlm_trainer(tiny_llava(), tmp_path, perturbation=perturbation, attack_steps=4)
@@ -395,3 +415,10 @@ projector_learning_rate: 1.0e-4
     assert main(["vlm", "--config", str(tmp_path / "config.yaml")]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert "raw [0, 1] pixels" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("length", [2, 4])
+def test_images_that_are_cut_off_are_refused(length: int, tmp_path: Path):
+    trainer = vlm_trainer(tiny_llava(), tmp_path, max_length=length)
+    with pytest.raises(ValueError, match=f"`max_length={length}` cuts image tokens off row 0 .* 1 images: raise it"):
+        trainer.train()

@@ -2,6 +2,7 @@ import copy
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -35,7 +38,9 @@ from hf_robust.report import (
 from hf_robust.report.vision_attacks import radius_text, sanity_variants, vary
 from hf_robust.report.vision_plots import epsilon_series
 from hf_robust.testbeds.vlm_language import build_processor
+from tests.trainer_data import tiny_tokenizer
 from tests.vision_data import CLASSES, Nearest, Normalised, Processor, exact_robust, images, rows
+from tests.vlm_data import llava_processor, picture, qwen_processor, tiny_llava, tiny_qwen
 
 NAMES = [f"class {number}" for number in range(CLASSES)]
 EPSILON = 0.12
@@ -447,6 +452,24 @@ def test_zero_shot_logits_are_clips():
         assert torch.allclose(zero_shot(pixels), wanted, atol=1e-4)
 
 
+def test_texts_of_siglip_are_padded_to_their_full_length():
+    """It pools the last position: padded among themselves, texts would be read at another one than in training."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": 64, "max_position_embeddings": 8, "pad_token_id": 1, "projection_size": 16, **sizes}
+    torch.manual_seed(0)
+    siglip = SiglipModel(
+        SiglipConfig(text_config=text, vision_config={"image_size": 4, "patch_size": 2, **sizes})
+    ).eval()
+    tokenizer, names, pixels = tiny_tokenizer(), ["cake", "bake a cake", "flour"], images(5)[0]
+    zero_shot = ZeroShotClassifier(siglip, tokenizer, names, ["mix {}"])
+    tokens = tokenizer([f"mix {name}" for name in names], padding="max_length", max_length=8, return_tensors="pt")
+    assert tokens["input_ids"].shape == (3, 8)
+    given = {name: tokens[name] for name in ("input_ids", "attention_mask") if name in tokens}
+    with torch.no_grad():
+        wanted = siglip(pixel_values=pixels, **given).logits_per_image - siglip.logit_bias
+        assert torch.allclose(zero_shot(pixels), wanted, atol=1e-4)
+
+
 def test_zero_shot_robustness():
     zero_shot = ZeroShotClassifier(tiny_clip(), Words(), ["cat", "dog", "cow"], ["a {}", "the {}"])
     pixels = images(12)[0]
@@ -526,6 +549,78 @@ def test_answers_under_attack(llava):
     assert losses[-1] < losses[0]
     assert model.training and all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def shown(count=4):
+    """Questions about pictures of 8 × 12, in the words that the tiny tokenizer has."""
+    return [
+        {"image": picture(i, 8, 12), "question": "how do i bake a cake", "answer": "flour one"} for i in range(count)
+    ]
+
+
+def test_patches_are_attacked_as_the_image_they_are_cut_from():
+    """Qwen2-VL: what the attack finds is an image, and the model answers to the patches that the processor cuts from it."""
+    from hf_robust.report.vision_language import AnswerTask
+
+    model, processor = tiny_qwen(), qwen_processor()
+    data = shown()
+    task = AnswerTask(model, processor, data, 3)
+    inputs = task.inputs(task.behaviors)
+    assert inputs["pixel_values"].shape == (4, 3, 8, 12)
+    said = [answer.said for answer in task.answers(inputs, inputs["pixel_values"])]
+    # Another picture is reached by its difference
+    other = task.images.pixel_values(task.behaviors[1:2]).expand(4, -1, -1, -1)
+    tokens = task._tokens([task._prompt(data[0]["question"])], [data[1]["image"]])
+    patches = tokens["pixel_values"]
+    assert torch.allclose(task._given(inputs, other), patches.repeat(4, 1), atol=1e-5)
+    data = [{**row, "answer": text or "nothing"} for row, text in zip(data, said, strict=True)]
+    options = {"max_new_tokens": 3, "sanity_images": 2, "batch_size": 2, "progress": False}
+    attacks = {"pgd": PGD(epsilon=0.5, steps=10, image_processor=processor)}
+    report = evaluate_vlm(model, processor, dataset=data, attacks=attacks, **options)
+    assert report.runs[0].failures == 0 and report.runs[0].mean_losses[-1] < report.runs[0].mean_losses[0]
+    assert value(report, "accuracy") == sum(map(bool, said)) / 4 > 0
+    mixed = [*data, {**data[0], "image": picture(9, 12, 8)}]
+    with pytest.raises(ValueError, match="2 sizes.*batch_size=1"):
+        evaluate_vlm(model, processor, dataset=mixed, attacks=attacks, **{**options, "batch_size": 8})
+    report = evaluate_vlm(model, processor, dataset=mixed, attacks=attacks, **{**options, "batch_size": 1})
+    assert report.runs[0].failures == 0
+
+
+def test_tiles_are_attacked_as_the_image_they_are_cut_from():
+    """LLaVA-NeXT: the picture of the dataset is perturbed, in overview and tiles alike."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    from hf_robust.report.vision_language import AnswerTask
+
+    side, shapes, plain = {"height": 8, "width": 8}, [[8, 16], [16, 8]], llava_processor()
+    processor = LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessorPil(size=side, crop_size=side, image_grid_pinpoints=shapes),
+        tokenizer=plain.tokenizer, patch_size=4, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=plain.chat_template,
+    )  # fmt: skip
+    sizes = tiny_llava().config
+    config = LlavaNextConfig(
+        vision_config=sizes.vision_config, text_config=sizes.text_config, image_token_index=sizes.image_token_id,
+        image_grid_pinpoints=shapes, vision_feature_layer=-1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config).eval()
+    for parameter in model.model.multi_modal_projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    data = shown(2)
+    task = AnswerTask(model, processor, data, 3)
+    inputs = task.inputs(task.behaviors)
+    assert inputs["pixel_values"].shape == (2, 3, 8, 12)
+    raw = task.units(3).to_raw(inputs["pixel_values"])
+    assert torch.allclose(raw[1], torch.tensor(np.asarray(data[1]["image"])).permute(2, 0, 1) / 255, atol=1e-6)
+    assert task.images.digest(task.behaviors, 2) == task.images.digest(task.behaviors, 1)
+    attack = PGD(epsilon=0.5, steps=10, image_processor=processor)
+    found = task.attack(attack, inputs)
+    assert found.delta.shape == (2, 3, 8, 12) and (found.last_loss < found.first_loss).all()
+    loss = task._losses(inputs, inputs["pixel_values"] + found.delta)
+    assert torch.allclose(-loss, found.last_loss, atol=1e-4)
+    assert all(answer.finite for answer in task.answers(inputs, inputs["pixel_values"] + found.delta))
 
 
 def test_the_loss_is_that_of_the_answer_alone(llava):

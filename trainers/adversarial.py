@@ -21,7 +21,15 @@ from hf_robust.objectives.adversarial_training import (
     weat_weights,
 )
 from hf_robust.sites.pixels import check_epsilon, check_step_size
-from hf_robust.trainers.adversarial_checks import check_arguments, check_data, check_parallelism, inputs_of
+from hf_robust.trainers.adversarial_checks import (
+    REMEDY,
+    check_arguments,
+    check_data,
+    check_parallelism,
+    inputs_of,
+    pixels_of,
+    warn_of_half_precision,
+)
 from hf_robust.trainers.adversarial_config import AdversarialConfig
 from hf_robust.trainers.adversarial_evaluation import RobustEvaluation, without_labels
 from hf_robust.trainers.adversarial_guard import CollapseGuard
@@ -37,6 +45,7 @@ from hf_robust.trainers.adversarial_schedules import (
 from hf_robust.trainers.adversarial_search import InputSearch
 from hf_robust.trainers.attack_arguments import take_over
 from hf_robust.trainers.flops import search_operations
+from hf_robust.trainers.labels import check_batch_labels
 from hf_robust.trainers.meters import Meters
 from hf_robust.trainers.schedule import start_seed
 
@@ -108,6 +117,7 @@ class AdversarialTrainer(RobustEvaluation):
         check_arguments(args, self.compute_loss_func)
         check_parallelism(self.accelerator, args)
         self._inputs = inputs_of(self.model, args, self.processing_class)
+        warn_of_half_precision(self.model, args)
         is_image = isinstance(self._inputs, ImageInputs)
         default = args.recipe.epsilon if is_image else TEXT_EPSILON
         self._epsilon = default if args.epsilon is None else args.epsilon
@@ -234,9 +244,10 @@ class AdversarialTrainer(RobustEvaluation):
         """The loss of `loss_type` in training; the parent's in evaluation and without an attack."""
         if not (self._attacks_training and self.model.training and torch.is_grad_enabled()):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        base, labels, given = self.accelerator.unwrap_model(model), inputs["labels"], without_labels(inputs)
+        base, labels, given = self.accelerator.unwrap_model(model), inputs.get("labels"), without_labels(inputs)
         search = self._current_search()
         self._inputs.check(given, search.epsilon, self._norm, f"the batch at step {self.state.global_step + 1}")
+        check_batch_labels(labels, base.config.num_labels, f"the batch at step {self.state.global_step + 1}", REMEDY)
         if self._shared_delta is not None:
             delta = self._shared_delta
         else:
@@ -362,6 +373,11 @@ class AdversarialTrainer(RobustEvaluation):
     def _replay_file(self, folder: str) -> Path:
         return Path(folder) / f"free_at_delta_{self.accelerator.process_index}.safetensors"
 
+    def save_training_prompts(self, folder: Any) -> None:
+        """The parent's; nothing for images, which have no prompts."""
+        if not isinstance(self._inputs, ImageInputs):
+            super().save_training_prompts(folder)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: losses in nats and accuracies, of clean and perturbed rows; and the radius."""
         if "loss" in logs:
@@ -400,7 +416,9 @@ class AdversarialTrainer(RobustEvaluation):
     def _check_datasets(self) -> None:
         num_labels = self.model.config.num_labels
         check_data("train_dataset", self.train_dataset, num_labels)
-        check_data("eval_dataset", self.eval_dataset, num_labels)
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        for name, rows in several.items():
+            check_data("eval_dataset" if name is None else f"eval_dataset[{name!r}]", rows, num_labels)
         dataset = self.train_dataset
         if self._replays > 1 and dataset is not None and not hasattr(dataset, "__len__"):
             raise ValueError(
@@ -413,9 +431,9 @@ class AdversarialTrainer(RobustEvaluation):
         check_epsilon(largest, self._norm)  # also where no row can be looked at: 8 for 8/255 would be no bound at all
         if self.args.attack_step_size is not None:
             check_step_size("attack_step_size", self.args.attack_step_size, self._norm)
-        for rows in (dataset, self.eval_dataset):
-            if hasattr(rows, "__len__") and not isinstance(rows, dict) and "pixel_values" in (row := rows[0]):
-                pixels = torch.as_tensor(row["pixel_values"]).unsqueeze(0)
+        for rows in (dataset, *several.values()):
+            if hasattr(rows, "__len__") and "pixel_values" in (row := rows[0]):
+                pixels = pixels_of(row).unsqueeze(0)
                 self._inputs.units.check(pixels, largest, self._norm)
 
 

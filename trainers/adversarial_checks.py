@@ -1,19 +1,23 @@
 """What [`AdversarialTrainer`] checks before training starts."""
 
+import logging
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from torch import nn
 
 from hf_robust.sites import EmbeddingSite
 from hf_robust.threats import check_choice
 from hf_robust.trainers.adversarial_config import AdversarialConfig
 from hf_robust.trainers.adversarial_inputs import ImageInputs, Inputs, TextInputs
+from hf_robust.trainers.labels import LABEL_COLUMNS, first_wrong_label, is_class
 
-_LABELS = ("labels", "label", "label_ids")
+logger = logging.getLogger(__name__)
+
+# Where labels lie beyond the model's classes
+REMEDY = "Set `num_labels` of the model, or number the classes from 0 on."
 
 
 def check_arguments(args: AdversarialConfig, compute_loss_func: Any) -> None:
@@ -37,6 +41,12 @@ def check_arguments(args: AdversarialConfig, compute_loss_func: Any) -> None:
         raise ValueError(
             "`gradient_checkpointing_kwargs={'use_reentrant': True}`: reentrant activation checkpointing allows no gradient "
             "with respect to a perturbation. Set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+        )
+    order = getattr(args, "train_sampling_strategy", "random")
+    if args.loss_type == "free_at" and order != "random":
+        raise ValueError(
+            f"`train_sampling_strategy={str(order)!r}` cannot be combined with `loss_type='free_at'`, which hands out shuffled "
+            "batches several times in a row: leave it at 'random', or use 'fast_at'."
         )
     if args.gradient_checkpointing and args.loss_type == "grad_align":
         raise ValueError(
@@ -97,6 +107,23 @@ def _check_double_backward(config: Any) -> None:
         )
 
 
+def warn_of_half_precision(model: nn.Module, args: AdversarialConfig) -> None:
+    """
+    Say so where a method's start is lost in the rounding of half precision, so that rows are not perturbed at all.
+
+    Args:
+        model: unwrapped.
+        args: the configuration.
+    """
+    half = args.bf16 or args.fp16 or getattr(model, "dtype", None) in (torch.bfloat16, torch.float16)
+    if args.loss_type == "smart" and half and args.epsilon != 0:
+        logger.warning(
+            "`loss_type='smart'` starts its search at noise of 1e-5, which half precision rounds away: in many rows the "
+            "divergence is exactly 0 and has no gradient, so that they are not attacked. Train in float32 (`bf16=False`, "
+            "`fp16=False`), or use 'freelb', or 'vat' with `vat_xi=1`."
+        )
+
+
 def check_parallelism(accelerator: Accelerator, args: AdversarialConfig) -> None:
     """
     Refuse parallelisms in which a gradient of the inputs does not come out of the pass that trains.
@@ -135,26 +162,46 @@ def check_data(argument: str, dataset: Any, num_labels: int) -> None:
     Raises:
         ValueError: empty, no labels, or labels out of range.
     """
-    if not hasattr(dataset, "__len__") or isinstance(dataset, dict):
+    if not hasattr(dataset, "__len__"):
         return
     if len(dataset) == 0:
         raise ValueError(f"`{argument}` is empty: give at least one row.")
     row = dataset[0]
-    name = next((name for name in _LABELS if name in row), None)
+    name = next((name for name in LABEL_COLUMNS if name in row), None)
     if name is None:
         raise ValueError(
             f"`{argument}` has no labels, only {', '.join(map(repr, row))}: adversarial training needs a column `labels` (or "
             "`label`) with the number of each row's class."
         )
-    values = dataset[name] if isinstance(dataset, Dataset) and name in dataset.column_names else [row[name]]
-    labels = torch.as_tensor(list(values))
-    if labels.is_floating_point() or labels.dim() != 1:
+    wrong = first_wrong_label(dataset, name, lambda label: is_class(label, num_labels))
+    if wrong is None:
+        return
+    place, value = wrong
+    if not is_class(value):
         raise ValueError(
-            f"`{argument}` has `{name}` of type {labels.dtype} and shape {tuple(labels.shape)}: give each row the number of "
-            "one class."
+            f"`{argument}` has `{name}` {value!r:.100} ({type(value).__name__}) in row {place}: give each row the number of "
+            "one class (a whole number)."
         )
-    if labels.min() < 0 or labels.max() >= num_labels:
+    raise ValueError(
+        f"`{argument}` has `{name}` {value} in row {place} and `model` has {num_labels} classes: labels must lie in 0 … "
+        f"{num_labels - 1}. {REMEDY}"
+    )
+
+
+def pixels_of(row: dict[str, Any]) -> torch.Tensor:
+    """
+    The pixels of a dataset's first row.
+
+    Args:
+        row: with `pixel_values`.
+
+    Raises:
+        ValueError: they are no numbers, or not in equal rows.
+    """
+    try:
+        return torch.as_tensor(row["pixel_values"])
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"`{argument}` has `{name}` from {int(labels.min())} to {int(labels.max())} and `model` has {num_labels} classes: "
-            f"labels must lie in 0 … {num_labels - 1}. Set `num_labels` of the model."
-        )
+            f"`pixel_values` of row 0 are {row['pixel_values']!r:.100} ({error}): give numbers [channels, height, width], such "
+            "as the image processor makes."
+        ) from error

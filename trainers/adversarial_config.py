@@ -1,13 +1,16 @@
 """Configuration of [`AdversarialTrainer`]."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from hf_robust.threats import check_at_least, check_choice
+from hf_robust.threats import check_at_least, check_choice, check_count
 from hf_robust.trainers.adversarial_recipes import LOSS_TYPES, NORMS, RECIPES, SAMPLE_WEIGHTINGS, Recipe
 from hf_robust.trainers.adversarial_schedules import EPSILON_SCHEDULES, SLOW_START
 from hf_robust.trainers.phases import RunArguments
+
+_COUNTS = ("attack_steps", "num_replays", "collapse_guard_steps", "collapse_guard_rows", "eval_attack_steps")
 
 
 @dataclass
@@ -26,7 +29,8 @@ class AdversarialConfig(RunArguments, TrainingArguments):
             `"freelb"` and `"smart"`.
         epsilon (`float`, *optional*):
             Radius: on images in raw [0, 1] pixels, whatever the image processor normalises; on text in mean L2 norms of the
-            embedding rows. 0 is [`~transformers.Trainer`], bit for bit. Default: 8/255 (TRADES and MART: 0.031), 0.1 on text.
+            embedding rows. 0 is [`~transformers.Trainer`], bit for bit. Default: 8/255 (TRADES and MART: 0.031); 0.1 on text,
+            which is FreeLB's size for every method (SMART's authors take 1e-5 in L∞, absolute).
         epsilon_relative (`bool`, defaults to `True`):
             On text, whether `epsilon` and `attack_step_size` count in mean embedding norms; embedding units otherwise.
         norm (`str`, *optional*):
@@ -45,7 +49,8 @@ class AdversarialConfig(RunArguments, TrainingArguments):
         vat_xi (`float`, defaults to `1e-2`):
             L2 length at which VAT's power iteration measures the divergence, in raw pixels or embedding units. The authors
             take 1e-6, where the rounding of float32 logits outweighs the divergence and the direction is mostly noise (a
-            popular reimplementation takes 10). Under bf16 and fp16 take about 1.
+            popular reimplementation takes 10). Under bf16 and fp16 take about 1. (SMART starts at noise of 1e-5, which bf16
+            and fp16 round away in many rows: train it in float32.)
         num_replays (`int`, defaults to `8`):
             Free AT's m: optimizer steps on each batch. Divide `num_train_epochs` by it for the paper's cost. The perturbation
             is carried on from replay to replay and, where the shape stays, from batch to batch.
@@ -69,7 +74,7 @@ class AdversarialConfig(RunArguments, TrainingArguments):
             Whether to watch for catastrophic overfitting: PGD-5 on some training rows every `collapse_guard_steps`; at a drop
             of more than `collapse_threshold` training stops with the last good weights. Default: for one-step methods.
         collapse_guard_steps (`int`, defaults to `100`):
-            Optimizer steps between two looks.
+            Optimizer steps between two looks, of which there are four at least; the last step is looked at too.
         collapse_guard_rows (`int`, defaults to `128`):
             Training rows it looks at, always the same.
         collapse_threshold (`float`, defaults to `0.2`):
@@ -187,7 +192,8 @@ class AdversarialConfig(RunArguments, TrainingArguments):
         ):
             value = getattr(self, name)
             if value is not None:
-                check_at_least(name, value, least, remedy)
+                check: Callable[..., None] = check_count if name in _COUNTS else check_at_least
+                check(name, value, least, remedy)
         if self.clean_weight > 1:
             raise ValueError(f"`clean_weight={self.clean_weight!r}` must be at most 1: it is a share of the loss.")
 

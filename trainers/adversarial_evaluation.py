@@ -7,9 +7,11 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from hf_robust.attacks.vision.pgd import PGD
+from hf_robust.trainers.adversarial_checks import REMEDY
 from hf_robust.trainers.adversarial_inputs import ImageInputs, Inputs
 from hf_robust.trainers.adversarial_search import InputSearch
 from hf_robust.trainers.card import CardTrainer
+from hf_robust.trainers.labels import check_batch_labels
 from hf_robust.trainers.schedule import start_seed
 
 # Of the guard's attack, as in Fast AT
@@ -30,8 +32,19 @@ class RobustEvaluation(CardTrainer):
     _evaluation: InputSearch
     _eval_batch = 0
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The parent's; pixels in the dtype of half-precision weights, as not every model casts them itself."""
+        inputs = super()._prepare_inputs(inputs)
+        dtype = getattr(self.model, "dtype", None)
+        if dtype in (torch.float16, torch.bfloat16) and isinstance(pixels := inputs.get("pixel_values"), torch.Tensor):
+            inputs = {**inputs, "pixel_values": pixels.to(dtype)}
+        return inputs
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The parent's prediction on clean inputs; beside it, an attack on the same rows."""
+        if self._evaluated is not None and inputs.get("labels") is not None:
+            where = f"batch {self._eval_batch} of an evaluation"
+            check_batch_labels(inputs["labels"], self.model.config.num_labels, where, REMEDY)
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self._evaluated is not None and inputs.get("labels") is not None:
             inputs = self._prepare_inputs(inputs)
@@ -95,6 +108,8 @@ class RobustEvaluation(CardTrainer):
         self._inputs.forget()
         search = self._evaluation_search(_GUARD_STEPS, epsilon)
         was_training = self.model.training
+        for batch in batches:
+            check_batch_labels(batch["labels"], self.model.config.num_labels, "the guard's training rows", REMEDY)
         self.model.eval()
         try:
             flags = [

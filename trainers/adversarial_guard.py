@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import random
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 ACCURACY = "guard_robust_accuracy"
 LAST_GOOD = "last_good"
+# In a short training, at least
+_LOOKS = 4
 
 
 class CollapseGuard(TrainerCallback):
@@ -33,25 +36,34 @@ class CollapseGuard(TrainerCallback):
         self.trainer = trainer
         self._good: dict[str, torch.Tensor] | None = None
         self._batches: list[dict[str, Any]] | None = None
+        self._looked = 0  # the step
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Forget what an earlier training left; the weights as they are count as good."""
-        self._batches, self._good = None, self._copy()
+        self._batches, self._good, self._looked = None, self._copy(), state.global_step
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Let go of the copies."""
+        """Look at what was trained since the last look, if another callback has stopped training; let go of the copies."""
+        if self._looked != state.global_step:
+            self._look(args, state, control)
         self._batches = self._good = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Look every `collapse_guard_steps`."""
-        if state.global_step % args.collapse_guard_steps:
-            return
+        """Look every `collapse_guard_steps`, four times in a short training, and at the last step, before it is saved."""
+        every = min(args.collapse_guard_steps, math.ceil(state.max_steps / _LOOKS))
+        if state.global_step % every == 0 or state.global_step >= state.max_steps:
+            self._look(args, state, control)
+
+    def _look(self, args: Any, state: Any, control: Any) -> None:
+        self._looked = state.global_step
         if self._batches is None:
             self._batches = self._rows()
         # At the full radius, also on the way up to it: shares at a growing radius fall without a collapse
         share = self.trainer.robust_share(self._batches, self.trainer.full_epsilon)
         best = max((entry[ACCURACY] for entry in state.log_history if ACCURACY in entry), default=None)
+        due = control.should_log
         self.trainer.log({ACCURACY: share})
+        control.should_log = due  # a log takes this back, and the step's own would be left out
         if best is None or share >= best - args.collapse_threshold:
             self._good = self._copy()
             return

@@ -88,7 +88,16 @@ class ImageInputs:
             norm: of the ball.
         """
         radius = math.inf if radius is None else float(radius)
-        return PixelBall.around(inputs["pixel_values"], self.units, radius, norm).project
+        ball = PixelBall.around(inputs["pixel_values"], self.units, radius, norm)
+        if norm != "linf":
+            return ball.project
+        low, high = ball.low.clamp(min=-radius), ball.high.clamp(max=radius)
+        return lambda delta: delta.clamp(low, high)
+
+    def box(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Lower and upper end of each pixel's perturbation, in its shape."""
+        ball = PixelBall.around(inputs["pixel_values"], self.units, math.inf, "linf")
+        return ball.low, ball.high
 
     @contextlib.contextmanager
     def perturbed(self, model: nn.Module, inputs: dict[str, Any], delta: torch.Tensor) -> Iterator[dict[str, Any]]:
@@ -163,6 +172,10 @@ class TextInputs:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """As for images; there is no box."""
         return (lambda delta: delta) if radius is None else (lambda delta: project(delta, radius, norm))
+
+    def box(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """None: embeddings have no range."""
+        return None
 
     @contextlib.contextmanager
     def perturbed(self, model: nn.Module, inputs: dict[str, Any], delta: torch.Tensor) -> Iterator[dict[str, Any]]:

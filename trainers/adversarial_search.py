@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_robust.attacks.gradient import SearchResult, StepRule, gradient_search
+from hf_robust.attacks.gradient import SearchResult, StepRule, gradient_search, without_stuck
 from hf_robust.objectives import kl_divergence, symmetric_kl
 from hf_robust.objectives.adversarial_training import smoothed_cross_entropy
 from hf_robust.sites import quiet
@@ -171,8 +171,13 @@ class InputSearch:
             "step_rule": self.rule,
             "keep": "last",
             "projection": self.inputs.projection(given, self.epsilon * length if self.clipped else None, self.norm),
+            "box": self._box(given),
         }
         return gradient_search(loss_fn, start, **{**settings, **how})
+
+    def _box(self, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Ends of the coordinates' ranges for sparse steps; others lose nothing at an end."""
+        return self.inputs.box(given) if self.norm == "l1" else None
 
     def _power(self, model: nn.Module, given: dict[str, Any], start: torch.Tensor, loss_fn: Callable) -> SearchResult:
         """Power iteration: the direction in which the divergence grows fastest, then the farthest point in it."""
@@ -184,8 +189,10 @@ class InputSearch:
             step_size=_REPLACE * self.start_scale,
             step_rule=StepRule("normalized", "l2", unit_length=False),
             projection=lambda moved: self.start_scale * unit(moved, "l2"),
+            box=None,
         )
         radius = self.epsilon * self.inputs.length(model)
-        direction = StepRule(self.rule, self.norm, unit_length=False)(found.delta) * self.inputs.mask(given)
+        uphill = -without_stuck(-found.delta, torch.zeros_like(found.delta), self._box(given))
+        direction = StepRule(self.rule, self.norm, unit_length=False)(uphill) * self.inputs.mask(given)
         found.delta = self.inputs.projection(given, radius, self.norm)(radius * direction)
         return found

@@ -31,7 +31,7 @@ from hf_robust.trainers.checkpoints import (
     write_record,
 )
 from hf_robust.trainers.flops import parameter_count
-from hf_robust.trainers.guards import check_parallelism
+from hf_robust.trainers.guards import check_one_device, check_parallelism
 from hf_robust.trainers.interruption import checkpoint_on_sigterm
 from hf_robust.trainers.meters import Stopwatch
 from hf_robust.trainers.phases import Phases, watched
@@ -91,7 +91,8 @@ class CardTrainer(Trainer):
         self._given = {name: dataset for name, dataset in datasets.items() if dataset is not None}
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The parent's, of data parallelism only."""
+        """The parent's, of data parallelism with one device a process only."""
+        check_one_device(self.args)
         check_parallelism(self.args.parallelism_config)  # before accelerate finds fault with the number of processes
         super().create_accelerator_and_postprocess()
         check_parallelism(self.accelerator.parallelism_config)  # of the launcher, or of how the model was loaded

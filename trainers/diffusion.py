@@ -156,11 +156,6 @@ class DiffusionTrainer(CardTrainer, PipelineSaving):
                 "`gradient_checkpointing_kwargs={'use_reentrant': True}`: reentrant activation checkpointing allows no "
                 "gradient with respect to a perturbation. Set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"`args` would run {args.n_gpu} devices from one process (`nn.DataParallel`), which is not supported: start "
-                "one process for each, with `accelerate launch` or `torchrun`, or show this one a single device."
-            )
         if noise_policy is None and args.noise_policy is not None:
             noise_policy = NoisePolicy.load(args.noise_policy)
         model = as_diffusion_model(model)

@@ -86,6 +86,24 @@ def check_parallelism(parallelism: ParallelismConfig | None) -> None:
             )
 
 
+def check_one_device(args: TrainingArguments) -> None:
+    """
+    Refuse `nn.DataParallel`, whose copies of a model neither hooks nor the searches on the original reach.
+
+    Args:
+        args: the configuration.
+
+    Raises:
+        ValueError: several devices and one process.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"`args` would run {args.n_gpu} devices from one process (`nn.DataParallel`), which is not supported: start one "
+            "process for each, with `accelerate launch` or `torchrun`, or show this one a single device "
+            "(`CUDA_VISIBLE_DEVICES=0`)."
+        )
+
+
 def check_model(model: PreTrainedModel) -> None:
     """
     Refuse models that an embedding attack cannot work with.

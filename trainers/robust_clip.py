@@ -15,11 +15,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_robust.attacks.vision import pixel_generators
 from hf_robust.objectives.clip import fare_loss, pmg_aft_loss, sim_clip_loss, similarity_logits, tecoa_loss
-from hf_robust.sites import quiet
+from hf_robust.sites import adapter_off, quiet
 from hf_robust.sites.pixels import PixelUnits
 from hf_robust.trainers.attack_arguments import take_over
+from hf_robust.trainers.batches import CheckedCollator
 from hf_robust.trainers.card import CardTrainer
 from hf_robust.trainers.flops import search_operations
+from hf_robust.trainers.labels import check_batch_labels
 from hf_robust.trainers.meters import Meters
 from hf_robust.trainers.papers import CLIP_PAPERS
 from hf_robust.trainers.robust_clip_config import SUPERVISED, RobustCLIPConfig
@@ -124,11 +126,6 @@ class RobustCLIPTrainer(CardTrainer):
                 "`gradient_checkpointing_kwargs={'use_reentrant': True}`: reentrant activation checkpointing allows no "
                 "gradient with respect to a perturbation. Set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"`args` would run {args.n_gpu} devices from one process (`nn.DataParallel`), which is not supported: start "
-                "one process for each, with `accelerate launch` or `torchrun`, or show this one a single device."
-            )
         if train_dataset is None:
             raise ValueError("`train_dataset` is required: rows of `image` or `pixel_values`.")
         if is_deepspeed_zero3_enabled():
@@ -144,7 +141,7 @@ class RobustCLIPTrainer(CardTrainer):
         self._check_rows(args, train_dataset, eval_dataset, processor, data_collator)
         data_collator = data_collator or ImageCollator(processor)
         self._units = PixelUnits(processor)
-        first = data_collator([next(iter(train_dataset))])["pixel_values"]
+        first = CheckedCollator(data_collator, main_input="pixel_values")([next(iter(train_dataset))])["pixel_values"]
         self._units.check(first, args.attack_epsilon, args.attack_norm, where="`train_dataset`")
         self.pixel_attack = args.build_attack(image_processor=processor)
         self.pixel_eval_attack = args.build_attack(args.eval_attack_steps, image_processor=processor)
@@ -231,6 +228,7 @@ class RobustCLIPTrainer(CardTrainer):
         if self.pixel_attack is not None and self.model.training:
             where = f"the batch at step {self.state.global_step + 1}"
             self._units.check(inputs["pixel_values"], self.args.attack_epsilon, self.args.attack_norm, where=where)
+        self._check_labels(inputs, f"the batch at step {self.state.global_step + 1}")
         losses = self._losses(model, inputs, self.pixel_attack)
         if num_items_in_batch is None:
             loss = losses.mean()
@@ -238,6 +236,11 @@ class RobustCLIPTrainer(CardTrainer):
             # DDP takes the mean over processes
             loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
         return (loss, {"losses": losses}) if return_outputs else loss
+
+    def _check_labels(self, inputs: dict[str, torch.Tensor], where: str) -> None:
+        if self._classes is not None and self.args.loss_type in SUPERVISED:
+            remedy = "Give `class_names` a name for each class."
+            check_batch_labels(inputs.get("labels"), len(self._classes), where, remedy)
 
     def _losses(self, model: nn.Module, inputs: dict[str, torch.Tensor], attack: Any) -> torch.Tensor:
         """Loss of each row `[batch]` under the attack (`None`: of the clean images)."""
@@ -291,7 +294,7 @@ class RobustCLIPTrainer(CardTrainer):
         if self._teacher is not None:
             return image_features(self._teacher, pixels)
         inner = self.accelerator.unwrap_model(model)
-        with quiet(inner), inner.disable_adapter():
+        with quiet(inner), adapter_off(inner):
             return image_features(inner, pixels)
 
     def _perturb(
@@ -333,6 +336,7 @@ class RobustCLIPTrainer(CardTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Losses under attack and of clean images, and zero-shot answers where there are classes and labels."""
         inputs = self._prepare_inputs(inputs)
+        self._check_labels(inputs, "a batch of an evaluation")
         with torch.no_grad(), self.compute_loss_context_manager():
             found = self._evaluation(model, inputs)
         for name, values in found.items():

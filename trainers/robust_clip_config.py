@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from hf_robust.attacks.vision import PGD
 from hf_robust.objectives.clip import LOGIT_SCALE
-from hf_robust.threats import check_at_least, check_choice
+from hf_robust.threats import check_at_least, check_choice, check_count
 from hf_robust.trainers.phases import RunArguments
 
 CLIP_LOSSES = ("fare", "tecoa", "pmg_aft", "sim_clip")
@@ -99,11 +99,12 @@ class RobustCLIPConfig(RunArguments, TrainingArguments):
         check_at_least("logit_scale", self.logit_scale, 1e-8, "CLIP's is 100.")
         for name in ("pmg_generalization_weight", "pmg_clean_weight"):
             check_at_least(name, getattr(self, name), 0, "Use 0 to leave the term out.")
+        _check_texts("prompt_templates", self.prompt_templates, "'a photo of a {}.'")
         for template in self.prompt_templates:
             if "{}" not in template:
                 raise ValueError(f"`prompt_templates` has {template!r}, which has no place `{{}}` for a class's name.")
-        if not self.prompt_templates:
-            raise ValueError("`prompt_templates=[]`: give one text at least, such as 'a photo of a {}.'.")
+        if self.class_names is not None:
+            _check_texts("class_names", self.class_names, "'cat', in the order of the labels")
         # What is wrong with a file or command line is to be said before a model is loaded
         self.build_attack()
         if self.eval_attack_steps is not None:
@@ -136,7 +137,7 @@ class RobustCLIPConfig(RunArguments, TrainingArguments):
             ValueError: a field is out of range or unknown; the message names it.
         """
         steps = self.attack_steps if steps is None else steps
-        check_at_least(name, steps, 0, "Use 0 to switch the attack off.")
+        check_count(name, steps, 0, "Use 0 to switch the attack off.")
         check_at_least("attack_epsilon", self.attack_epsilon, 0, "Use 0 to switch the attack off.")
         try:
             attack = PGD(
@@ -155,3 +156,8 @@ class RobustCLIPConfig(RunArguments, TrainingArguments):
                 message = message.replace(f"`{argument}=", f"`attack_{argument}=")
             raise ValueError(message) from None
         return attack if self.attack_epsilon > 0 and steps > 0 else None
+
+
+def _check_texts(name: str, texts: object, example: str) -> None:
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"`{name}={texts!r}` must be a list of texts: give one at least, such as {example}.")

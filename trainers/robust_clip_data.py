@@ -1,10 +1,13 @@
 """Batches of images, with or without labels, for CLIP's image tower; checks before training."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, IterableDataset
+
+from hf_robust.trainers.labels import first_wrong_label
 
 IMAGE_COLUMNS = ("pixel_values", "image")
 LABEL_COLUMNS = ("labels", "label")
@@ -88,12 +91,25 @@ def check_image_rows(dataset: Any, name: str, *, needs_labels: bool, processor: 
                 "or use `loss_type='fare'`."
             )
         return
-    if isinstance(dataset, Dataset) and classes is not None:
-        found = dataset.with_format(None)[column]
-        wrong = [(row, label) for row, label in enumerate(found) if not 0 <= int(label) < classes]
-        if wrong:
-            row, label = wrong[0]
+    if not isinstance(dataset, Dataset):
+        return
+    wrong = first_wrong_label(dataset, column, _is_class)
+    if wrong is not None:
+        raise ValueError(
+            f"`{name}` has the label {wrong[1]!r:.100} in row {wrong[0]} of `{column}`: give the number of a class, or leave "
+            "the column out where the loss needs none."
+        )
+    if classes is not None:
+        wrong = first_wrong_label(dataset, column, lambda label: 0 <= int(label) < classes)
+        if wrong is not None:
             raise ValueError(
-                f"`{name}` has the label {label} in row {row}, but there are {classes} `class_names`: labels go from 0 to "
-                f"{classes - 1}."
+                f"`{name}` has the label {wrong[1]} in row {wrong[0]}, but there are {classes} `class_names`: labels go from 0 "
+                f"to {classes - 1}."
             )
+
+
+def _is_class(label: object) -> bool:
+    """Whether a label is a whole number of 64 bits; tensors of one number are."""
+    number: Any = label.item() if isinstance(label, torch.Tensor) and label.numel() == 1 else label
+    is_real = isinstance(number, numbers.Real)
+    return is_real and bool(abs(number) < 2**63) and int(number) == number

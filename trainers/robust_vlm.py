@@ -30,14 +30,27 @@ _EVALUATION = -1
 class _CountingCollator:
     """A collator's batches with the number of images of each row, which their tensors do not tell."""
 
-    def __init__(self, collator: Callable[..., Any]):
-        self._collator = collator
+    def __init__(self, collator: Callable[..., Any], image_token: int | None = None, max_length: int | None = None):
+        self._collator, self._image_token, self._max_length = collator, image_token, max_length
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         counts = [1 if row.get("image") is not None else len(row.get("images") or []) for row in rows]
         batch = self._collator(rows)
+        if self._max_length is not None and self._image_token is not None:
+            self._check_whole(batch["input_ids"], counts)
         batch[_COUNTS] = torch.tensor(counts)
         return batch
+
+    def _check_whole(self, ids: torch.Tensor, counts: list[int]) -> None:
+        """Refuse rows that `max_length` has cut an image off, or cut through one: the model needs all tokens of each."""
+        held = ids.eq(self._image_token or 0)
+        for row, count in enumerate(counts):
+            is_cut = bool(held[row, -1]) and ids.shape[1] == self._max_length
+            if count and (is_cut or not held[row].any()):
+                raise ValueError(
+                    f"`max_length={self._max_length!r}` cuts image tokens off row {row} of a batch, which has {count} images: "
+                    "raise it, or use `None`."
+                )
 
 
 class RobustVLMTrainer(CardTrainer, SFTTrainer):
@@ -127,7 +140,8 @@ class RobustVLMTrainer(CardTrainer, SFTTrainer):
         self.vlm_eval_attack: VLMAttack = args.build_attack(
             args.eval_attack_steps, image_processor=processor.image_processor
         )
-        self.data_collator = _CountingCollator(self.data_collator)
+        image_token = getattr(inner.config, "image_token_id", None)
+        self.data_collator = _CountingCollator(self.data_collator, image_token, args.max_length)
         self._meters = Meters()
         self._evaluated = torch.zeros(3)
 

@@ -14,13 +14,14 @@ from transformers import (
     DataCollatorWithPadding,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config
+from trl import ModelConfig, ScriptArguments, TrlParser
 
-from hf_robust.cli.arguments import finish
+from hf_robust.cli.arguments import adapter_config, check_not_quantized, finish, loading_arguments
 from hf_robust.cli.images import load_rows
 from hf_robust.trainers import AdversarialConfig, AdversarialTrainer
 
 _LABELS = ("labels", "label")
+_HEADS = ("classifier", "head", "score")
 
 
 @dataclass
@@ -61,23 +62,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--model_name_or_path is required: a folder or a Hub id of an image or text classifier")
     if script_args.dataset_name is None:
         parser.error("--dataset_name is required: a folder of images, a file or a Hub id, with a column `label`")
+    check_not_quantized(model_args, "hf-robust advtrain")
+    if script_args.dataset_streaming:
+        raise ValueError(
+            "`--dataset_streaming true`: the classes of all rows are looked at before training. Leave it out: images are "
+            "decoded only as they are read."
+        )
     evaluates = str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no"
     train_rows = _labelled(load_rows(script_args, script_args.dataset_train_split, False))
     eval_rows = _labelled(load_rows(script_args, script_args.dataset_test_split, False)) if evaluates else None
     known = {"revision": model_args.model_revision}
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **known)
-    given = {**known, **_classes(train_rows, config), "use_safetensors": True}
-    if model_args.attn_implementation is not None:
-        given["attn_implementation"] = model_args.attn_implementation
+    given = {**loading_arguments(model_args), **_classes(train_rows, config)}
     is_image = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
     prepare = _images if is_image else _texts
     processing, convert, collator = prepare(model_args.model_name_or_path, known, columns, train_rows, training_args)
     model_class = AutoModelForImageClassification if is_image else AutoModelForSequenceClassification
     model = model_class.from_pretrained(model_args.model_name_or_path, **given)
-    peft_config = get_peft_config(model_args)
+    peft_config = adapter_config(model_args, None if is_image else "SEQ_CLS")
     if peft_config is not None:
         from peft import get_peft_model
 
+        if is_image and peft_config.modules_to_save is None:  # as PEFT does for texts: a new head would stay as drawn
+            peft_config.modules_to_save = [name for name in _HEADS if hasattr(model, name)] or None
         model = get_peft_model(model, peft_config)
     trainer = AdversarialTrainer(
         model,

@@ -144,6 +144,56 @@ def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrain
     )
 
 
+def loading_arguments(model_args: ModelConfig) -> dict[str, Any]:
+    """
+    Keyword arguments of `from_pretrained`, quantisation apart.
+
+    Args:
+        model_args: the model's arguments.
+    """
+    kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        "use_safetensors": True,
+    }
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def adapter_config(model_args: ModelConfig, task_type: str | None) -> Any:
+    """
+    The adapter's configuration, `None` without `--use_peft`. TRL's is for a causal language model unless told otherwise, and
+    PEFT then wraps no other.
+
+    Args:
+        model_args: the model's arguments.
+        task_type: PEFT's name of what the model does; `None` for images.
+    """
+    config = get_peft_config(model_args)
+    if config is not None:
+        config.task_type = task_type
+    return config
+
+
+def check_not_quantized(model_args: ModelConfig, command: str) -> None:
+    """
+    Refuse to quantise a model where nothing but a language model is worth it.
+
+    Args:
+        model_args: the model's arguments.
+        command: as the user wrote it.
+
+    Raises:
+        ValueError: `--load_in_4bit` or `--load_in_8bit`.
+    """
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(model_args, name):
+            raise ValueError(
+                f"`--{name} true` quantises language models, which `{command}` does not train: leave it out, or use `--dtype "
+                "bfloat16`."
+            )
+
+
 def model_arguments(model_args: ModelConfig, training_args: Any) -> dict[str, Any]:
     """
     Keyword arguments of a TRL trainer's constructor for the model, its quantisation and its adapter.
@@ -152,16 +202,7 @@ def model_arguments(model_args: ModelConfig, training_args: Any) -> dict[str, An
         model_args: the model's arguments.
         training_args: gets `model_init_kwargs` from them, those given there first.
     """
-    kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-        "use_safetensors": True,
-    }
-    training_args.model_init_kwargs = {
-        **{name: value for name, value in kwargs.items() if value is not None},
-        **(training_args.model_init_kwargs or {}),
-    }
+    training_args.model_init_kwargs = {**loading_arguments(model_args), **(training_args.model_init_kwargs or {})}
     return {
         "model": model_args.model_name_or_path,
         "quantization_config": get_quantization_config(model_args),

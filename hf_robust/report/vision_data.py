@@ -4,9 +4,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_robust.data.behavior import Behavior
+from hf_robust.sites import PixelUnits
+from hf_robust.sites.image_layout import ImageLayout
 
 _LABELS = ("labels", "label")
 _QUESTIONS = ("question", "prompt", "text")
@@ -57,7 +60,8 @@ class Images:
 
     def pixel_values(self, behaviors: Sequence[Behavior], device: Any = "cpu") -> torch.Tensor:
         """
-        Pixel values of some images, float32.
+        Pixel values of some images, float32. Where the processor cuts images into patches or tiles, the images themselves,
+        normalised as it does: see [`~hf_robust.sites.image_layout`].
 
         Args:
             behaviors: which.
@@ -67,20 +71,36 @@ class Images:
             `[batch, channels, height, width]`.
 
         Raises:
-            ValueError: an image that the processor makes something else of.
+            ValueError: an image that the processor makes something else of, or images of several sizes.
         """
         found = self.pictures(behaviors)
         if self._column == "image":
-            pixels = self._processor(images=found, return_tensors="pt")["pixel_values"]
+            given = self._processor(images=found, return_tensors="pt")
+            pixels = given["pixel_values"]
+            if "image_grid_thw" in given or "image_sizes" in given and pixels.dim() == 5:
+                pixels = self._uncut(found, given)
         else:
             pixels = torch.stack([torch.as_tensor(image, dtype=torch.float32) for image in found])
         pixels = torch.as_tensor(pixels)
         if pixels.dim() != 4 or len(pixels) != len(behaviors):
             raise ValueError(
-                f"The images have `pixel_values` of shape {list(pixels.shape)}, not [batch, channels, height, width]: patches "
-                "and tiles are not attacked here. Attack the image that they are cut from."
+                f"The images have `pixel_values` of shape {list(pixels.shape)}, not [batch, channels, height, width], nor are "
+                "they patches with `image_grid_thw` or tiles with `image_sizes`: images of this layout are not attacked here."
             )
         return pixels.to(device=device, dtype=torch.float32)
+
+    def _uncut(self, pictures: Sequence[Any], given: Mapping[str, Any]) -> torch.Tensor:
+        """The images that patches are cut from, as large as the processor has made them; those of tiles as they are given."""
+        raw = ImageLayout(self._processor, given).originals
+        if raw is None:
+            raw = [torch.tensor(np.asarray(picture)).permute(2, 0, 1).float() / 255 for picture in pictures]
+        sizes = sorted({tuple(image.shape[1:]) for image in raw})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"The images of a batch have {len(sizes)} sizes ({', '.join(f'{h} × {w}' for h, w in sizes[:3])}, …), which "
+                "this processor keeps: use `batch_size=1`, or resize them to one."
+            )
+        return PixelUnits(self._processor).from_raw(torch.stack(raw))
 
     def digest(self, behaviors: Sequence[Behavior], batch_size: int) -> str:
         """

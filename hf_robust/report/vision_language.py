@@ -19,6 +19,7 @@ from hf_robust.report.vision_data import Images, questioned_images
 from hf_robust.report.vision_evaluation import evaluate_task
 from hf_robust.report.vision_tasks import Answer, device_of
 from hf_robust.sites import LabelIndex, PixelUnits, label_logits, quiet
+from hf_robust.sites.image_layout import ImageLayout
 from hf_robust.threats import check_at_least
 
 _REPEATABLE = 1e-4
@@ -46,8 +47,10 @@ def evaluate_vlm(
     then answers freely. Rows that are wrong without attack are not attacked. Everything else is as in
     [`~hf_robust.report.evaluate_vision`].
 
-    δ is a perturbation of `pixel_values` of the shape `[batch, channels, height, width]`, an image after resizing and
-    cropping (LLaVA-1.5). Models that are given patches or tiles are refused.
+    δ is a perturbation of an image, `[batch, channels, height, width]` in the units of `pixel_values`: after resizing and
+    cropping (LLaVA-1.5, Qwen-VL, whose patches are cut from it), or as it comes from the dataset where its tiles are
+    (LLaVA-NeXT). What the model is given is made of it as the processor does: see [`~hf_robust.sites.image_layout`]. Images
+    of one batch must have one size where the processor keeps their sizes.
 
     Args:
         model: vision-language model, or a PEFT model around one. It is the same afterwards.
@@ -68,8 +71,8 @@ def evaluate_vlm(
         The report: `accuracy` and `robust_accuracy` are shares of exact matches.
 
     Raises:
-        ValueError: no rows, a row without an answer, a model that is given patches, or an output folder of another
-            evaluation.
+        ValueError: no rows, a row without an answer, images of several sizes in a batch or of an unknown layout, or an output
+            folder of another evaluation.
         TypeError: an attack that takes no `objective`.
     """
     check_at_least("max_new_tokens", max_new_tokens, 1, "Give the length of an answer.")
@@ -139,8 +142,10 @@ class AnswerTask:
             raise ValueError(
                 "An answer has no tokens of its own after its prompt: check the processor's chat template."
             )
+        cut = asked["pixel_values"].dim() != 4
         return {
             "pixel_values": self.images.pixel_values(batch, device),
+            "layout": ImageLayout(self.image_processor, asked) if cut else None,
             "asked": _without_pixels(asked),
             "answered": _without_pixels(answered),
             "labels": labels,
@@ -164,7 +169,7 @@ class AnswerTask:
         with evaluating(model):
             ids = model.generate(
                 **asked,
-                pixel_values=pixel_values.to(self._dtype),
+                pixel_values=self._given(inputs, pixel_values),
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=self.max_new_tokens,
@@ -193,6 +198,13 @@ class AnswerTask:
     def _dtype(self) -> torch.dtype:
         return next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
 
+    def _given(self, inputs: Mapping[str, Any], pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the model is given of images: themselves, patches or tiles."""
+        if inputs["layout"] is not None:
+            gain = self.units(pixel_values.shape[1]).radius(1.0).to(pixel_values.device)
+            pixel_values = inputs["layout"].place(list((pixel_values - inputs["pixel_values"]) / gain))
+        return pixel_values.to(self._dtype)
+
     def _prompt(self, question: str) -> str:
         if getattr(self.processor, "chat_template", None):
             parts = [{"type": "image"}, *([{"type": "text", "text": question}] if question else [])]
@@ -216,7 +228,7 @@ class AnswerTask:
 
     def _loss(self, inputs: Mapping[str, Any], index: LabelIndex, pixel_values: torch.Tensor) -> torch.Tensor:
         """Mean negative log-likelihood of each answer's tokens, `[batch]`."""
-        logits = label_logits(self.model, index, **inputs["answered"], pixel_values=pixel_values.to(self._dtype))
+        logits = label_logits(self.model, index, **inputs["answered"], pixel_values=self._given(inputs, pixel_values))
         return per_row_mean(token_nll(logits, index.targets), index.rows, index.counts)
 
 

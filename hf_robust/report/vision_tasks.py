@@ -165,10 +165,15 @@ class ZeroShotClassifier(nn.Module):
     @torch.no_grad()
     def _encode(self, tokenizer: Any) -> torch.Tensor:
         rows = []
+        padding: dict[str, Any] = {"padding": True}
+        if "siglip" in str(getattr(self.config, "model_type", "")):
+            # It pools the last position, and was trained on texts padded to their full length
+            length = self.clip.config.text_config.max_position_embeddings
+            padding = {"padding": "max_length", "max_length": length}
         with quiet(self.clip):
             for name in self.class_names:
                 texts = [template.format(name) for template in self.templates]
-                tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device_of(self.clip))
+                tokens = tokenizer(texts, truncation=True, return_tensors="pt", **padding).to(device_of(self.clip))
                 given = {key: tokens[key] for key in ("input_ids", "attention_mask") if key in tokens}
                 features = nn.functional.normalize(_tensor(self.clip.get_text_features(**given)).float(), dim=-1)
                 rows.append(nn.functional.normalize(features.mean(dim=0), dim=-1))

@@ -1,7 +1,7 @@
 """The straight line between two models: weights in, weights out."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def interpolate_weights(a: Any, b: Any, alpha: float) -> dict[str, torch.Tensor]
         raise ValueError(
             f"`a` and `b` differ in names or shapes of weights ({shown}): give two models of the same architecture."
         )
-    if any(part in name for name in first for part in _LINEAR):
+    if has_lora(first):
         raise ValueError(
             "`a` and `b` have LoRA adapters, whose two factors do not interpolate to the weights between: scale one adapter "
             "with `scale_adapter`, or merge both (`merge_and_unload`) first."
@@ -126,6 +126,16 @@ def scale_adapter(model: nn.Module, alpha: float, adapter_name: str | None = Non
     if not own:
         raise ValueError(f"`adapter_name={adapter_name!r}` has no LoRA weights: only LoRA adapters can be scaled.")
     return {name: tensor.clone() if alpha == 1 else tensor * alpha for name, tensor in own.items()}
+
+
+def has_lora(names: Iterable[str]) -> bool:
+    """
+    Whether some weights are the factors of a LoRA adapter.
+
+    Args:
+        names: of the weights.
+    """
+    return any(part in name for name in names for part in _LINEAR)
 
 
 def _check_alpha(alpha: float) -> None:

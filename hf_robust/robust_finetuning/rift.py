@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_robust.robust_finetuning.criticality import module_robust_criticality, weight_modules
-from hf_robust.robust_finetuning.interpolation import interpolate_weights
+from hf_robust.robust_finetuning.interpolation import has_lora, interpolate_weights
 from hf_robust.sites import quiet
 from hf_robust.threats import check_at_least
 
@@ -83,7 +83,8 @@ def rift(
         attack: object whose `perturb(model, pixel_values=…, labels=…)` returns δ, such as
             [`~hf_robust.attacks.PGD`].
         held_out: share of the training data that is held out.
-        modules: candidates. Default: [`~hf_robust.robust_finetuning.criticality.weight_modules`].
+        modules: candidates; those without trainable weights are left out. Default:
+            [`~hf_robust.robust_finetuning.criticality.weight_modules`].
         alphas: shares of the fine-tuned model to try; 0, the model as it was, is always among them.
         tolerance: how far robust accuracy may lie below that of the model as it was. 0.001: the paper's 0.1 points.
         radius: see [`~hf_robust.robust_finetuning.module_robust_criticality`].
@@ -96,16 +97,25 @@ def rift(
         [`RiFTResult`].
 
     Raises:
-        ValueError: too few rows to hold any out, no module to fine-tune, or a value out of range.
+        ValueError: too few rows to hold any out, no module to fine-tune, a model with LoRA adapters, or a value out of range;
+            before anything is measured.
     """
     check_at_least("tolerance", tolerance, 0, "0.001 is the paper's.")
     check_at_least("batch_size", batch_size, 1, "Give the rows of a batch.")
     tried = sorted({0.0, *map(float, alphas)})
     if tried[0] < 0 or tried[-1] > 1:
         raise ValueError(f"`alphas={list(alphas)!r}` must lie in [0, 1]: 0 is the model as it was.")
-    names = weight_modules(model) if modules is None else list(modules)
+    if has_lora(model.state_dict()):
+        raise ValueError(
+            "`model` has LoRA adapters, between two states of which the weights are no straight line: merge them "
+            "(`merge_and_unload`) first."
+        )
+    names = weight_modules(model) if modules is None else _trainable(model, modules)
     if not names:
-        raise ValueError("`modules` is empty, or the model has no trainable weights: name the modules to choose among.")
+        raise ValueError(
+            f"`modules={modules!r}` has no module with trainable weights: name modules of `model.named_modules()` to choose "
+            "among, and set `requires_grad` of their weights."
+        )
     tuned, kept = _split(train_dataset, held_out, seed)
 
     accelerator = torch.accelerator.current_accelerator()
@@ -162,6 +172,16 @@ def adversarial_batches(
             pixels = batch["pixel_values"]
             found.append({**batch, "pixel_values": (pixels.float() + delta).to(pixels.dtype)})
     return found
+
+
+def _trainable(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those that can be fine-tuned. Frozen ones have criticality 0, and one would be chosen."""
+    known = dict(model.named_modules())
+    # An unknown name is refused where criticality is measured
+    kept = [name for name in names if name not in known or any(p.requires_grad for p in known[name].parameters())]
+    if len(kept) < len(names):
+        logger.warning("No candidates, without trainable weights: %s.", sorted(set(names) - set(kept)))
+    return kept
 
 
 def _split(dataset: Any, held_out: float, seed: int) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_robust.attacks.gradient import KEEPS, STEP_RULES, StepRule
+from hf_robust.attacks.gradient import KEEPS, STEP_RULES, StepRule, without_stuck
 from hf_robust.attacks.vision.ball import PixelBall
 from hf_robust.attacks.vision.base import Advance, PixelAttack
 from hf_robust.sites.pixels import check_step_size
@@ -13,8 +13,6 @@ from hf_robust.threats import check_choice
 
 # Steepest in each norm
 _RULES = {"linf": "sign", "l2": "normalized", "l1": "sparse_sign"}
-# Raw pixels from the end of a range at which it counts as reached, units of an image processor having rounded it
-_END = 1e-6
 PIXEL_STEP_RULES = (*STEP_RULES, "sparse_sign")
 
 
@@ -139,9 +137,7 @@ class PGD(PixelAttack):
 
         def advance(delta: torch.Tensor, grad: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
             if self.norm == "l1":
-                # A step of few coordinates must not be spent on those that are at the end of their range
-                stuck = ((grad > 0) & (delta <= ball.low + _END)) | ((grad < 0) & (delta >= ball.high - _END))
-                grad = torch.where(stuck, 0.0, grad)
+                grad = without_stuck(grad, delta, (ball.low, ball.high))
             # Through the image, as others do: differences of rounding would part the two after some steps
             moved = ball.raw + delta - length * rule(grad)
             return ball.project(moved - ball.raw)
