@@ -18,9 +18,9 @@ under attack has a say in the choice.
 Attacks: relearning (fine-tuning on half of the forgotten facts, the other half is asked, at its best step and rate), the same
 training on retain rows as its control, and rounding the weights to 8 and 4 bits. Relearning trains all weights, and so does
 unlearning but for RMU. Recall: the value stands in the answer. Forget quality (a p-value over 48 facts): lowest and highest of
-the seeds. Recovery: the share of what was forgotten that relearning brings back, (relearned - before) / (original - before)
-over the questions that it asks, as the reports compute it; the oracle's is luck. "rows": forwards and backwards through all
-decoder layers, in rows, the reference model's included.
+the seeds. Recovery: the share of what was forgotten that relearning, or rounding, brings back, (after - before) / (original -
+before) over the questions that it asks, as the reports compute it; the oracle's is luck. "rows": forwards and backwards through
+all decoder layers, in rows, the reference model's included.
 
 Finished runs are kept in OUTPUT_DIR/runs.jsonl and not repeated, their reports in OUTPUT_DIR/reports, the work on original and
 oracle in OUTPUT_DIR/controls.
@@ -63,7 +63,7 @@ KEPT = ("retain", "retain_holdout", "world")
 COLUMNS = {
     "recall, forget": "recall", "forget quality": "quality", "recall, retain": "retain", "recall, held out": "retain_holdout",
     "recall, world": "world", "model utility": "utility", "relearned": "relearn", "recovery": "recovery", "control": "control",
-    "8 bits": "8 bits", "4 bits": "4 bits",
+    "8 bits": "8 bits", "recovery, 8 bits": "recovery, 8 bits", "4 bits": "4 bits", "recovery, 4 bits": "recovery, 4 bits",
 }  # fmt: skip
 
 
@@ -150,11 +150,18 @@ def figures_of(report: Report, subject: str) -> dict[str, float]:
 
 
 def with_recovery(figures: dict[str, float], original: dict[str, float]) -> dict[str, float | None]:
-    """A model's figures with `recovery` under relearning, whose curves begin with what is known of the questions it asks."""
+    """
+    A model's figures with `recovery` under relearning, whose curves begin with what is known of the questions it asks, and
+    under rounding, which asks all.
+    """
     start = next((key for key in figures if key.startswith("relearned, relearn, ") and key.endswith(", step 0")), "")
-    known = start in original and "relearn" in figures
-    value = recovery(figures[start], figures["relearn"], original[start]) if known else None
-    return {**figures, "recovery": value}
+    found: dict[str, float | None] = {}
+    for name, before, after in (
+        ("recovery", start, "relearn"), ("recovery, 8 bits", "recall", "8 bits"), ("recovery, 4 bits", "recall", "4 bits")
+    ):  # fmt: skip
+        known = before in original and before in figures and after in figures
+        found[name] = recovery(figures[before], figures[after], original[before]) if known else None
+    return {**figures, **found}
 
 
 def measure(
@@ -240,7 +247,7 @@ def table(groups: dict[str, list[dict[str, Any]]], chosen: dict[str, str]) -> st
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, rows in groups.items():
         listed = {key: [row["figures"].get(key) for row in rows] for key in COLUMNS.values()}
-        cells = [(extremes if key == "quality" else cell)(values) for key, values in listed.items()]
+        cells = [extremes(values) if key == "quality" else cell(values, "z.2f") for key, values in listed.items()]
         spent = [cell([row["cost"].get(key) for row in rows], ".0f") for key in ("forward", "backward", "seconds")]
         lines.append("| " + " | ".join([name, str(len(rows)), chosen.get(name, "–"), *cells, *spent]) + " |")
     return "\n".join(lines)

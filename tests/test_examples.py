@@ -57,6 +57,14 @@ def test_what_the_unlearning_example_chooses_and_shows(monkeypatch: pytest.Monke
     assert unlearning.score(original, original) == 0.0
     assert unlearning.extremes([0.5, 0.001, 0.2]) == "0.001 … 0.5"
     assert unlearning.extremes([1.0, 1.0]) == "1" and unlearning.extremes([None, 1.0]) == "–"
+    # Of what was forgotten: all questions under rounding, and the half that relearning asks
+    start = "relearned, relearn, lr 0.1, step 0"
+    found = unlearning.with_recovery(
+        {"recall": 0.2, "8 bits": 0.5, "4 bits": 0.2, start: 0.5, "relearn": 0.75}, {"recall": 0.8, start: 1.0}
+    )
+    assert {name: found[name] for name in found if name.startswith("recovery")} == {
+        "recovery": 0.5, "recovery, 8 bits": pytest.approx(0.5), "recovery, 4 bits": 0.0,
+    }  # fmt: skip
     figures = dict.fromkeys(unlearning.COLUMNS.values(), 0.5)
     row = {"figures": figures, "cost": {"forward": 10, "backward": 5, "seconds": 2.0}}
     lines = unlearning.table({"oracle": [{**row, "cost": {}}] * 2, "npo": [row] * 2}, {"npo": "0.0001*"}).splitlines()

@@ -319,6 +319,15 @@ def test_relearning_recomputes_activations_if_the_model_does(method, reentrant):
     assert recomputed == pytest.approx(plain, rel=1e-5) and more == calls + 2
 
 
+def test_other_settings_of_recomputation_are_kept():
+    model = tiny_model()
+    model.gradient_checkpointing_enable({"use_reentrant": True, "preserve_rng_state": False})
+    trained, _ = trainable_copy(model, "full", rank=4, seed=0)
+    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in trained.modules()]
+    (kept,) = {str(function.keywords) for function in functions if function is not None}
+    assert kept == "{'use_reentrant': False, 'preserve_rng_state': False}"
+
+
 def test_what_is_trained():
     adapted = peft_model()
     copied, rank = trainable_copy(adapted, "lora", rank=4, seed=0)

@@ -51,6 +51,13 @@ def harmbench(tmp_path):
     return behaviors, targets, safe
 
 
+def test_images_of_utility_rows_stay(tmp_path):
+    rows = [{"prompt": chat("user", "a"), "completion": chat("assistant", "b"), "images": ["x.png"], "id": 3}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (found,) = load_utility(tmp_path / "rows.parquet")
+    assert found["images"] == ["x.png"] and "id" not in found
+
+
 def test_harmbench_rows(harmbench):
     dataset = read_harmbench(*harmbench[:2])
     assert dataset.column_names == ["prompt", "chosen", "rejected", "behavior_id"]

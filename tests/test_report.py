@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from hf_robust.metrics import wilson_interval
+from hf_robust.metrics.proportions import student_quantile
 from hf_robust.report import (
     AttackSummary,
     Flag,
@@ -47,6 +48,15 @@ def test_wilson_interval_against_values_worked_out_by_hand():
     assert wilson_interval(24, 24)[1] == 1.0
     narrow, wide = wilson_interval(5, 10, 0.90), wilson_interval(5, 10, 0.99)
     assert wide[0] < low < narrow[0] < narrow[1] < high < wide[1]
+
+
+def test_student_quantile_against_scipy():
+    from scipy.stats import t
+
+    for degrees in (1, 2, 5, 9, 10, 11, 12, 20, 50, 1000):
+        assert student_quantile(degrees) == pytest.approx(t.ppf(0.975, degrees), abs=2e-4)
+    with pytest.raises(ValueError, match="`degrees=0`"):
+        student_quantile(0)
 
 
 @pytest.mark.parametrize(

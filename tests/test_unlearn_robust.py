@@ -230,6 +230,19 @@ def test_weights_in_half_precision_that_round_the_perturbation_away_are_reported
         assert ("`sam_rho=1e-05`" in caplog.text) == warns
 
 
+def test_random_shifts_that_rounding_leaves_out_are_reported(caplog: Any) -> None:
+    batch, trainer = tiny_batch(), _stub()
+    for dtype, rho, warns in ((torch.float32, 1e-4, False), (torch.bfloat16, 1e-4, True), (torch.bfloat16, 0.1, False)):
+        caplog.clear()
+        model = tiny_model(initializer_range=0.5).to(dtype)
+        perturbation = WeightPerturbation(WeightAttack(rho=rho, kind="random"))
+        with caplog.at_level(logging.WARNING):
+            for step in range(2):
+                perturbation.start(trainer, model, [_forget(batch)], step=step)
+                perturbation.backward(trainer, model, _forget(batch), batch)
+        assert caplog.text.count("`smooth_rho=0.0001`") == warns
+
+
 def test_backward_needs_start() -> None:
     perturbation = WeightPerturbation(WeightAttack())
     with pytest.raises(RuntimeError, match="call `start`"):
@@ -304,6 +317,27 @@ def test_gradients_are_those_under_the_perturbation_that_was_found() -> None:
     assert _close(found, _gradients(model), rtol=1e-5, atol=1e-7)
 
 
+def test_the_latent_attack_reaches_what_rmu_reads(tmp_path: Path) -> None:
+    """Also behind the same layer, as by default; padding is left alone."""
+    layers = {"activation_layer": 7, "latent_layer": 7, "max_steps": 1, "learning_rate": 1.0}
+
+    def run(**args: Any) -> dict[str, torch.Tensor]:
+        return train(_trainer(tiny_model(num_hidden_layers=8), tmp_path, loss_type="rmu", **{**layers, **args}))
+
+    plain = run()
+    assert max_difference(run(robust="latent", latent_steps=2), plain) > 1e-5
+    assert max_difference(run(robust="latent", latent_steps=2, latent_layer=-1), plain) > 1e-5
+    assert max_difference(run(robust="latent", latent_steps=0, activation_layer=3), run(activation_layer=3)) == 0
+    config = UnlearnConfig(**settings(tmp_path, loss_type="rmu", robust="latent"))
+    assert config.latent_layer == config.activation_layer == 7
+    batch = tiny_batch()
+    mask = config.build_attack().attacked_positions(batch["attention_mask"], batch["labels"])
+    assert torch.equal(mask, batch["attention_mask"].bool())
+    for latent in (4, -1):
+        with pytest.raises(ValueError, match=f"`latent_layer={latent}` lies behind `activation_layer=3`"):
+            run(robust="latent", latent_layer=latent, activation_layer=3)
+
+
 def test_the_latent_attack_is_that_of_the_paper() -> None:
     attack = RobustArguments(robust="latent").build_attack()
     assert (attack.norm, attack.epsilon, attack.steps, attack.step_rule, attack.layers) == (
@@ -374,7 +408,7 @@ def test_bad_models() -> None:
 def _trainer(model: nn.Module, folder: Path, given: dict[str, Any] | None = None, **args: Any) -> UnlearnTrainer:
     rows = adversarial_rows(16)
     forget = Dataset.from_list([{"prompt": row["prompt"], "completion": row["rejected"]} for row in rows])
-    fields = {name: value for form in FORMS.values() for name, value in form.items()}
+    fields = {"latent_layer": 0, **FORMS.get(args.get("robust", "none"), {})}
     config = UnlearnConfig(**settings(folder, **{**fields, "max_steps": 2, **args}))
     return UnlearnTrainer(
         model,
@@ -411,7 +445,8 @@ def test_radius_zero_is_plain_training_bit_for_bit(form: str, plain_weights: Any
 def test_every_loss_in_a_form_of_each_kind(loss_type: str, form: str, tmp_path: Path) -> None:
     adapter = {} if loss_type == "rmu" else {"peft_config": lora()}
     extra = {"activation_layer": 1} if loss_type == "rmu" else {}
-    args = {"robust": form, "loss_type": loss_type, "max_steps": 1, "latent_steps": 2, "attack_steps": 2}
+    args = {"robust": form, "loss_type": loss_type, "max_steps": 1}
+    args |= {"latent_steps": 2} if form == "latent" else {}
     trainer = _trainer(tiny_model(), tmp_path, adapter, **args, **extra)
     before = weights(trainer.model)
     after = train(trainer)

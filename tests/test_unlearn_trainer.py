@@ -1,8 +1,12 @@
 """UnlearnTrainer: what it refuses, which weights it trains, what it compares with, how often it runs the model."""
 
+import dataclasses
+import json
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -14,9 +18,10 @@ from hf_robust import UnlearnConfig, UnlearnTrainer
 from hf_robust.cli import main
 from hf_robust.trainers.papers import ROBUST_UNLEARNING_PAPERS
 from hf_robust.trainers.unlearn import DIRECTION_FILE
-from hf_robust.trainers.unlearn_data import PairedRows, check_overlap, skip_labels
+from hf_robust.trainers.unlearn_data import PairCollator, PairedRows, check_collated_labels, check_overlap, skip_labels
 from hf_robust.trainers.unlearn_robust import ROBUST_FORMS
 from tests.helpers import tiny_model
+from tests.memory import peak_bytes
 from tests.trainer_data import (
     conversational,
     logged,
@@ -70,6 +75,16 @@ def test_defaults_are_those_of_each_method(
         ({"rmu_weights": ["x"]}, "needs `loss_type='rmu'`"),
         ({"ce_u_skip_tokens": -1}, "ce_u_skip_tokens=-1"),
         ({"activation_layer": 0.5}, "activation_layer=0.5"),
+        ({"loss_type": "npo", "simnpo_delta": 0.5}, "`simnpo_delta=0.5` needs `loss_type='simnpo'`.*loss_type='npo'"),
+        ({"loss_type": "undial", "ce_u_skip_tokens": 1}, "`ce_u_skip_tokens=1` needs `loss_type='ce_u'`"),
+        ({"loss_type": "npo", "rmu_coefficient": 9.0}, "`rmu_coefficient=9.0` needs `loss_type='rmu'`"),
+        ({"num_train_epochs": "best"}, "num_train_epochs='best'"),
+        ({"sam_rho": 0.5}, "`sam_rho=0.5` needs `robust='sam'`.*robust='none'"),
+        ({"robust": "sam", "smooth_samples": 5}, "`smooth_samples=5` needs `robust='smooth'`"),
+        ({"robust": "embedding", "latent_steps": 2}, "`latent_steps=2` needs `robust='latent'`"),
+        ({"robust": "latent", "attack_epsilon": 0.5}, "`attack_epsilon=0.5` needs `robust='embedding'`"),
+        ({"loss_type": "undial", "retain_type": "kl"}, "`retain_type='kl'` without `retain_weight`.*'undial'.*=1"),
+        ({"loss_type": "ce_u", "retain_type": "ce"}, "`retain_type='ce'` without `retain_weight`.*'ce_u'"),
         ({"precompute_ref_log_probs": True, "retain_type": "kl"}, "precompute_ref_log_probs"),
         ({"precompute_ref_log_probs": True, "loss_type": "undial"}, "precompute_ref_log_probs"),
     ],
@@ -85,6 +100,7 @@ def test_configurations_that_say_what_is_wrong(args: dict[str, Any], message: st
         ({"packing": True, "max_length": 8}, "`packing=True`"),
         ({"neftune_noise_alpha": 1.0}, "neftune_noise_alpha"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length'"),
         ({"activation_offloading": True, "robust": "smooth"}, "activation_offloading"),
         ({"activation_offloading": True, "retain_type": "activation"}, "activation_offloading"),
         (
@@ -102,6 +118,17 @@ def test_configurations_that_say_what_is_wrong(args: dict[str, Any], message: st
 def test_trainers_that_say_what_is_wrong(args: dict[str, Any], message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         unlearn_trainer(tiny_model(), tmp_path, **args)
+
+
+@pytest.mark.parametrize("loss_type", ["rmu", "undial"])
+def test_a_configuration_is_its_own_again(loss_type: str, tmp_path: Path):
+    config = UnlearnConfig(**settings(tmp_path), loss_type=loss_type)
+    assert dataclasses.replace(config, seed=3).retain_weight == config.retain_weight
+
+
+def test_retain_rows_that_no_loss_reads_are_reported(caplog: pytest.LogCaptureFixture, tmp_path: Path):
+    unlearn_trainer(tiny_model(), tmp_path, loss_type="undial", retain_weight=None)
+    assert "`retain_weight=0` with `loss_type='undial'`: no row of `retain_dataset`" in caplog.text
 
 
 # ---- Data ----
@@ -237,6 +264,21 @@ def test_forwards_run_once(args: dict[str, Any], references: int, adapter: bool,
     assert len(copied if not adapter else [call for call in calls if not call]) == 2 * references
 
 
+def test_sam_holds_the_reference_logits_of_one_micro_batch(tmp_path: Path):
+    """However many there are in a window."""
+
+    def peak(count: int) -> int:
+        trainer = unlearn_trainer(
+            tiny_model(vocab_size=4096), tmp_path, {"forget_dataset": tokenised(forget_rows(count))}, loss_type="undial",
+            robust="sam", retain_weight=0.0, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=count,
+        )  # fmt: skip
+        return peak_bytes(lambda: train(trainer))
+
+    few, many = peak(2), peak(10)
+    logits = 6 * 4096 * 4  # of the shortest answer
+    assert many - few < 3 * logits
+
+
 def test_precomputed_references_are_those_of_the_frozen_copy(tmp_path: Path):
     """Dropout is on in training and off in the references, of which neither kind draws random numbers."""
 
@@ -357,7 +399,8 @@ def test_sam_without_a_radius_is_plain_bit_for_bit_and_with_one_is_not(adapter: 
 
 @pytest.mark.parametrize("robust", ["latent", "embedding"])
 def test_attacks_perturb_the_forget_rows(robust: str, tmp_path: Path):
-    args = {"latent_epsilon": 0.5, "latent_steps": 4, "attack_epsilon": 0.5, "attack_steps": 4}
+    form = "latent" if robust == "latent" else "attack"
+    args = {f"{form}_epsilon": 0.5, f"{form}_steps": 4}
     trainer = unlearn_trainer(tiny_model(), tmp_path, robust=robust, loss_type="npo", **args)
     found = train(trainer)
     assert all(
@@ -436,6 +479,72 @@ def test_overlap_of_rows_with_images_is_in_words_and_images(tmp_path: Path):
     check_overlap(forget, Dataset.from_list([{**row, "completion": words} for row in forget], features=forget.features))
 
 
+def test_overlap_of_rows_behind_a_transform():
+    forget, other = answered_images(4), answered_images(8).select(range(4, 8))
+
+    def converted(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {**batch, "images": [[image.convert("L") for image in images] for images in batch["images"]]}
+
+    def hidden(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {name: batch[name] for name in ("prompt", "completion")}
+
+    for transform in (converted, hidden):
+        check_overlap(forget.with_transform(transform), other.with_transform(transform))
+        with pytest.raises(ValueError, match="share 4 rows"):
+            check_overlap(forget.with_transform(transform), forget.with_transform(transform))
+
+    # What is not stored is taken from the transform
+    def opened(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [forget[number] for number in batch["number"]]
+        return {name: [row[name] for row in rows] for name in ("prompt", "completion")} | {
+            "image": [forget[shown]["images"][0] for shown in batch["shown"]]
+        }
+
+    first, same, others = (
+        Dataset.from_dict({"number": [0, 1], "shown": shown}).with_transform(opened)
+        for shown in ([0, 1], [2, 1], [2, 3])
+    )
+    check_overlap(first, others)
+    with pytest.raises(ValueError, match=r"share 1 rows.* 1 \(1\)"):
+        check_overlap(first, same)
+
+
+def test_rows_with_images_behind_a_transform_are_trained_on(tmp_path: Path):
+    def same(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {**batch, "images": [list(images) for images in batch["images"]]}
+
+    rows = answered_images(8).with_transform(same)
+    given = {"forget_dataset": rows.select(range(4)), "retain_dataset": rows.select(range(4, 8))}
+    trainer = unlearn_trainer(
+        tiny_llava(), tmp_path, {**given, "processing_class": llava_processor()}, loss_type="grad_diff", max_steps=1
+    )
+    trainer.train()
+
+
+def test_a_part_of_many_rows_is_made_into_batches_before_training(monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    monkeypatch.setattr("hf_robust.trainers.unlearn_data._COLLATED", 4)
+    seen: list[int] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        seen.extend(row["number"] for row in rows)
+        assert all(0 <= draw < 1 for draw in (torch.rand(1).item(), random.random(), np.random.rand()))
+        return {"labels": torch.tensor([[-100, -100 if row["number"] in (3, 7) else 5] for row in rows])}
+
+    def states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    rows, before = Dataset.from_dict({"number": range(10)}), states()
+    with pytest.raises(ValueError, match=r"has 1 of 4 rows looked at \(of 10\) without a label token: rows 7\."):
+        check_collated_labels(rows, collate, "retain_dataset", None, batch_size=3, progress=False)
+    assert seen == [0, 2, 5, 7] and states() == before
+    # What it has not seen is warned of once, as it comes up
+    pairs = [{"forget": {"number": 0}, "retain": {"number": number}} for number in (2, 3)]
+    collator = PairCollator(collate)
+    for batch in (pairs[:1], pairs, pairs):
+        collator(batch)
+    assert [record.getMessage()[:28] for record in caplog.records] == ["A batch of `retain_dataset` "]
+
+
 def test_rows_with_images_and_without_a_label_are_named(tmp_path: Path):
     given = {
         "forget_dataset": answered_images(4),
@@ -485,6 +594,32 @@ def test_the_parent_s_script_runs_and_the_card_names_the_method(tmp_path: Path):
     assert (tmp_path / "training_prompts.json").is_file()
 
 
+def test_images_of_files_reach_the_model(tmp_path: Path):
+    """Words alone would train without an error."""
+    forget, retain = answered_images(4), answered_images(8).select(range(4, 8))
+    for name, rows in (("forget", forget), ("retain", retain)):
+        rows.to_parquet(tmp_path / f"{name}.parquet")
+    given = {f"{name}_dataset": str(tmp_path / f"{name}.parquet") for name in ("forget", "retain")}
+    trainer = unlearn_trainer(tiny_llava(), tmp_path, {**given, "processing_class": llava_processor()})
+    assert "pixel_values" in trainer.data_collator([trainer.train_dataset[0]])["forget"]
+    tiny_llava().save_pretrained(tmp_path / "model")
+    llava_processor().save_pretrained(tmp_path / "model")
+    arguments = ["unlearn", "--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")]
+    arguments += [item for name, path in given.items() for item in (f"--{name}_name", path)]
+    arguments += ["--use_cpu", "true", "--bf16", "false", "--gradient_checkpointing", "false", "--report_to", "none"]
+    seen: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = UnlearnTrainer.training_step
+
+        def watched(self, model, inputs, *args):
+            seen.append("pixel_values" in inputs["forget"] and "pixel_values" in inputs["retain"])
+            return step(self, model, inputs, *args)
+
+        patch.setattr(UnlearnTrainer, "training_step", watched)
+        assert main([*arguments, "--max_steps", "1", "--disable_tqdm", "true"]) == 0
+    assert seen == [True]
+
+
 def test_command_line(tmp_path: Path):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -499,4 +634,10 @@ def test_command_line(tmp_path: Path):
     kept = ["--retain_dataset_name", str(tmp_path / "retain.jsonl"), "--max_steps", "1", "--disable_tqdm", "true"]
     assert main([*arguments, *cpu, *kept, "--gradient_accumulation_steps", "1"]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ValueError, match="`sam_rho=0.5` needs `robust='sam'`"):
+        main([*arguments, *cpu, *kept, "--sam_rho", "0.5", "--robust", "none"])
+    kept += ["--forget_dataset_name", str(tmp_path / "tofu.json"), "--gradient_accumulation_steps", "1"]
+    questions = [{"question": row["prompt"], "answer": row["completion"]} for row in forget_rows(4)]
+    (tmp_path / "tofu.json").write_text(json.dumps(questions), encoding="utf-8")
+    assert main([*arguments, *cpu, *kept]) == 0
     assert "sam" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

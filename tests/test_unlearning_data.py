@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from hf_robust.data import forget_retain_overlap, read_muse, read_tofu, read_wmdp
+from hf_robust.data import forget_retain_overlap, load_unlearning, read_muse, read_tofu, read_wmdp
 
 
 def chat(role, content):
@@ -122,6 +122,31 @@ def test_muse_errors(tmp_path):
         read_muse(write(tmp_path / "c.json", [{"text": ""}]))
     with pytest.raises(ValueError, match="`gt` of row 0"):
         read_muse(write(tmp_path / "d.json", [{"prompt": "x", "gt": ""}]))
+
+
+# Any of them
+
+
+def test_sets_are_told_by_their_columns(tmp_path):
+    choice = {**CHOICE, "answer": "2"}  # as a CSV has it: what tells WMDP from TOFU are the choices
+    given = {
+        "tofu": QA[0],
+        "wmdp": choice,
+        "muse": {"prompt": "Once", "gt": " a"},
+        "auto": {"prompt": "a", "completion": "b"},
+    }
+    for kind, row in given.items():
+        rows, found = load_unlearning(write(tmp_path / f"{kind}.json", [row]), conversational=False)
+        assert found == kind and rows[0]["completion"].strip() in (QA[0]["answer"], "C. blue", "a", "b")
+    assert load_unlearning(write(tmp_path / "texts.json", ["One.", "Two."]))[0].to_list()[1] == {"text": "Two."}
+    # A folder, as what the Hub holds: not a file that a reader of files takes
+    Dataset.from_list(QA).save_to_disk(tmp_path / "saved")
+    rows, found = load_unlearning(tmp_path / "saved")
+    assert found == "tofu" and rows[0]["prompt"] == chat("user", QA[0]["question"])
+    with pytest.raises(ValueError, match="lacks choices"):
+        load_unlearning(tmp_path / "tofu.json", file_format="wmdp")
+    with pytest.raises(ValueError, match="`file_format='muze'`"):
+        load_unlearning(tmp_path / "tofu.json", file_format="muze")
 
 
 # WMDP

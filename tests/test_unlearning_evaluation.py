@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import random
 import types
 
 import pytest
@@ -311,7 +312,9 @@ def test_utility_and_quality_worked_out_by_hand():
     for row in (*low, *high):
         row["scores"]["truth_ratio"] = None
     assert quality("m", low, high)[0].value == 1.0 and "probability" in quality("m", low, high)[0].unit
-    assert mean_interval([2.0, 3.0]) == (2.5, pytest.approx(2.5 - 0.98), pytest.approx(2.5 + 0.98))
+    # Standard error 0.5; Student's 0.975 quantile with one degree of freedom is tan(0.475 π)
+    high = pytest.approx(2.5 + 0.5 * math.tan(0.475 * math.pi), abs=1e-4)
+    assert mean_interval([2.0, 3.0]) == (2.5, 0.0, high)
     assert mean_interval([2.0]) == (2.0, None, None)
     metrics = [m.metric for m in known("m", "forget", low)]
     assert metrics == ["answer_probability"]
@@ -339,20 +342,49 @@ def test_intervals_are_over_groups_worked_out_by_hand():
     # Means: what the phrasings of a fact say twice counts once; unequal groups by the sums of their deviations
     assert mean_interval([0.0, 0.0, 1.0, 1.0], list("aabb")) == mean_interval([0.0, 1.0], most=math.inf)
     deviations = [-0.75, -0.25 + 0.5 + 0.5]  # of 0, 0.5, 1.25 and 1.25 from 0.75
-    half = 1.96 * math.sqrt(2 * sum(part**2 for part in deviations)) / 4
+    half = math.tan(0.475 * math.pi) * math.sqrt(2 * sum(part**2 for part in deviations)) / 4
     values = [0.0, 0.5, 1.25, 1.25]
-    assert mean_interval(values, list("abbb")) == (0.75, pytest.approx(0.75 - half), pytest.approx(0.75 + half))
+    assert mean_interval(values, list("abbb")) == (0.75, 0.0, pytest.approx(0.75 + half, rel=1e-4))
     assert mean_interval([1.0, 2.0], ["a", "a"]) == (1.5, None, None)
 
 
+def test_groups_of_different_sizes_count_for_less():
+    behaviors = [Behavior(id=n, prompt="p", category="c", metadata={"group": n[0]}) for n in ("ax", "bx", "by", "bz")]
+    plain = [asked(b.id, b.id[0] == "a") for b in behaviors]
+    found = {m.split: m for m in attack_rates("m", behaviors, plain, {}, {}) if m.metric == "pre_attack_success_rate"}
+    # 4² / (1² + 3²)
+    assert (found["all"].low, found["all"].high) == wilson_interval(0.25 * 1.6, 1.6)
+
+    def covered(sizes: list[int]) -> float:
+        draw, hits = random.Random(0), 0
+        names = [f"{group}-{i}" for group, size in enumerate(sizes) for i in range(size)]
+        groups = {name: name.split("-")[0] for name in names}
+        for _ in range(300):
+            known_groups = {str(group): draw.random() < 0.5 for group in range(len(sizes))}
+            rows = [asked(name, known_groups[groups[name]]) for name in names]
+            share = next(m for m in known("m", "retain", rows, groups) if m.metric == "utility")
+            hits += share.low <= 0.5 <= share.high
+        return hits / 300
+
+    assert covered([1] * 10 + [20] * 2) > 0.9 < covered([1] * 18 + [20] * 2)
+
+
+def test_means_of_few_groups_keep_their_level():
+    draw, hits = random.Random(0), 0
+    for _ in range(2000):
+        _, low, high = mean_interval([draw.gauss(50, 1) for _ in range(3)])
+        hits += low <= 50 <= high
+    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
+
+
 def test_intervals_of_shares_end_at_0_and_1():
-    listed = [asked(str(n), True, rouge=float(n > 0), truth_ratio=float(n)) for n in range(4)]
+    listed = [asked(str(n), True, rouge=float(n > 0), truth_ratio=float(n)) for n in range(8)]
     found = {m.metric: m for m in known("m", "forget", listed)}
-    assert found["rouge"].value == 0.75 and found["rouge"].high == 1.0 and found["rouge"].low > 0
+    assert found["rouge"].value == 0.875 and found["rouge"].high == 1.0 and found["rouge"].low > 0
     assert found["truth_ratio"].high > 1 and found["truth_ratio"].low > 0
-    rows = [{"id": str(n), "layers": [float(n > 0)]} for n in range(4)]
+    rows = [{"id": str(n), "layers": [float(n > 0)]} for n in range(8)]
     assert layers("m", "lens", rows)[0].high == 1.0
-    assert layers("m", "lens", rows, dict.fromkeys("0123", "one"))[0].high is None
+    assert layers("m", "lens", rows, dict.fromkeys("01234567", "one"))[0].high is None
 
 
 def test_questions_that_ask_for_the_same_thing_count_once_in_forget_quality(tokenizer, models):
@@ -388,6 +420,46 @@ def test_rows_to_relearn_may_not_hold_what_is_asked(tokenizer, models):
     leaking = relearning(rows=[*taught, *(row for row in rows(FORGET) if row["id"] in asked_for)])
     with pytest.raises(ValueError, match="`rows` holds 2 of the questions that are asked"):
         leaking.trained(questions, [])
+
+
+def test_rows_to_relearn_are_checked_before_a_model_runs(tokenizer, models, monkeypatch):
+    monkeypatch.setattr(evaluation_module, "ask", lambda *args, **options: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="of the questions that are asked"):
+        run(tokenizer, models["original"], {"relearn": relearning(rows=rows(FORGET))})
+
+
+def test_rows_to_relearn_may_not_ask_for_the_same_thing_in_other_words():
+    said = [
+        {"prompt": f"{w} is {g}", "completion": f" {w} in {g}", "group": g, "id": g + w} for g in "abcd" for w in "xy"
+    ]
+    questions = as_questions([row for row in said if row["id"][1] == "x"], "forget")
+    asked_for = {question.id[0] for question in relearning().measured(questions)}
+    others = [row for row in said if row["id"][1] == "y"]
+    with pytest.raises(ValueError, match=r"`rows` holds 2 .*or others of their `group`"):
+        relearning(rows=others).trained(questions, [])
+    left = [row for row in others if row["group"] not in asked_for]
+    assert relearning(rows=left).trained(questions, []) == left
+    assert relearning(rows=as_questions(left, "rows")).taught(questions, as_questions(others, "retain")) == {
+        row["id"] for row in left
+    }
+
+
+def test_utility_after_relearning_leaves_out_what_was_trained_on(tokenizer, models):
+    attacks = {"relearn": relearning(), "control": relearning(source="retain")}
+    report = run(tokenizer, models["original"], attacks, oracle=models["oracle"])
+    counts = {m.attack: m.count for m in report.measurements if m.metric == "relearned_utility"}
+    assert counts == {"relearn, lr 0.001": 4, "control, lr 0.001": 2}
+    assert report.find("model", "utility", "retain", "control").count == 2
+    assert "ran" not in report.attacks["control"]
+    # The same questions of both; the oracle knows none of them
+    above = report.find("model", "above_oracle", "all", "relearn")
+    floor = report.find("oracle", "attack_success_rate", "all", "relearn").value
+    rate = report.find("model", "attack_success_rate", "all", "relearn").value
+    assert (above.value, above.count) == (pytest.approx(rate - floor), 2)
+    assert report.find("oracle", "above_oracle", "all", "relearn") is None
+    short = run(tokenizer, models["original"], attacks, retain=rows(RETAIN[:1]))
+    assert "1 rows were trained on, where relearning of the forget set has 2" in short.attacks["control"]["ran"]
+    assert not [m for m in short.measurements if m.metric == "relearned_utility" and m.attack.startswith("control")]
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -769,6 +841,15 @@ def test_the_command_says_what_is_wrong(saved, tmp_path, capsys, changes, messag
     assert message in capsys.readouterr().err
 
 
+def test_the_command_reads_its_files_before_a_model(saved, tmp_path, capsys, monkeypatch):
+    from hf_robust.cli import evaluate
+
+    monkeypatch.setattr(evaluate, "load_model", lambda options: pytest.fail("loaded"))
+    for name in ("forget_file", "retain_file", "holdout_file"):
+        assert main(command(saved, tmp_path, **{name: "missing.jsonl"})) == 2
+        assert f"--{name}" in capsys.readouterr().err
+
+
 def test_the_command_is_told_by_its_forget_file(tmp_path):
     assert is_wanted(["--model_name_or_path", "x", "--forget_file", "y"])
     assert not is_wanted(["--model_name_or_path", "x", "--behaviors", "y"])
@@ -788,6 +869,19 @@ def test_files_of_public_sets_are_read(tmp_path):
         path.write_text(json.dumps([given]), encoding="utf-8")
         (row,) = EvaluateUnlearningArguments().read(str(path), "--forget_file", False)
         assert row["completion"].strip() == completion.strip()
+
+
+def test_budgets_that_bound_nothing_are_named(capsys):
+    with pytest.raises(ValueError, match="`--budget_forwards` bounds no attack: relearn, quantize take no budget"):
+        EvaluateUnlearningArguments(attacks=["relearn", "quantize"], budget_forwards=5).build_attacks()
+    found = EvaluateUnlearningArguments(attacks=["relearn", "gcg"], budget_seconds=5).build_attacks()
+    assert found["gcg"].budget.seconds == 5
+    assert "--budget_seconds does not bound relearn." in capsys.readouterr().err
+
+
+def test_the_command_rounds_to_8_and_to_4_bits_by_default():
+    found = EvaluateUnlearningArguments().build_attacks()
+    assert [attack.bits for attack in found.values() if isinstance(attack, Quantization)] == [8, 4]
 
 
 def test_attacks_are_rebuilt_from_their_settings():

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_robust.data.checks import is_of_the_machine
+
 _SHOWN = 60
-# What an error of a collator can be; anything else (memory, an interruption) is not about the rows
+# What an error of a collator about its rows can be; some of them can be about memory or a device, too
 _ABOUT_ROWS = (
     ValueError,
     TypeError,
@@ -32,6 +34,8 @@ class CheckedCollator:
         vocabulary: number of the model's token ids; `None`: they are not looked at.
         main_input: what the model cannot do without; `None`: nothing.
         positions: length of the longest row; `None`: any.
+        position_ids: number of positions where a batch says itself which it takes, as packed rows do, which begin anew at
+            each text; `None`: any.
     """
 
     def __init__(
@@ -40,8 +44,10 @@ class CheckedCollator:
         vocabulary: int | None = None,
         main_input: str | None = None,
         positions: int | None = None,
+        position_ids: int | None = None,
     ):
-        self.collator, self.vocabulary, self.main_input, self.positions = collator, vocabulary, main_input, positions
+        self.collator, self.vocabulary, self.main_input = collator, vocabulary, main_input
+        self.positions, self.position_ids = positions, position_ids
 
     def __call__(self, rows: list[Any]) -> Any:
         """
@@ -54,6 +60,8 @@ class CheckedCollator:
         try:
             batch = self.collator(rows)
         except _ABOUT_ROWS as error:
+            if is_of_the_machine(error):
+                raise
             raise ValueError(
                 f"`data_collator` ({type(self.collator).__name__}) cannot make a batch of {len(rows)} rows "
                 f"({type(error).__name__}: {error}). They hold {_described(rows)}. Make the rows alike, or pass a "
@@ -81,11 +89,7 @@ class CheckedCollator:
             )
         if ids.numel() == 0:
             raise ValueError("`input_ids` of a batch is empty: no row of it holds a token. Take such rows out.")
-        if self.positions is not None and ids.shape[1] > self.positions:
-            raise ValueError(
-                f"`input_ids` of a batch has rows of {ids.shape[1]} tokens, but the model has {self.positions} positions: cut "
-                "the rows to that length as they are tokenised."
-            )
+        self._check_positions(ids.shape[1], batch.get("position_ids"))
         known = {"input_ids": ids}
         labels = batch.get("labels")
         if isinstance(labels, torch.Tensor) and labels.dim() == 2 and labels.shape != ids.shape:
@@ -102,6 +106,16 @@ class CheckedCollator:
                     f"… {(self.vocabulary or 0) - 1}: tokenise with the model's own tokenizer, or call "
                     "`model.resize_token_embeddings`."
                 )
+
+    def _check_positions(self, length: int, given: Any) -> None:
+        name, most = "`input_ids` of a batch has rows", self.positions
+        if isinstance(given, torch.Tensor) and given.numel():
+            name, most, length = "`position_ids` of a batch are of rows", self.position_ids, int(given.max()) + 1
+        if most is not None and length > most:
+            raise ValueError(
+                f"{name} of {length} tokens, but the model has {most} positions: cut the rows to that length as they are "
+                "tokenised."
+            )
 
 
 def _described(rows: Sequence[Any]) -> str:
@@ -134,7 +148,7 @@ def checked_batches(trainer: Any) -> Iterator[None]:
     collator = trainer.data_collator
     model = trainer.accelerator.unwrap_model(trainer.model)
     main_input = getattr(model, "main_input_name", None)
-    trainer.data_collator = CheckedCollator(collator, _vocabulary(model), main_input, _positions(model))
+    trainer.data_collator = CheckedCollator(collator, _vocabulary(model), main_input, *_positions(model))
     try:
         yield
     finally:
@@ -145,21 +159,30 @@ def _vocabulary(model: nn.Module) -> int | None:
     """Number of token ids, if the model has some; also where the weights are split over processes."""
     if getattr(getattr(model, "config", None), "vision_config", None) is not None:
         return None  # the ids that stand for images may lie beyond
+    return getattr(_token_embedding(model), "num_embeddings", None)
+
+
+def _token_embedding(model: nn.Module) -> Any:
     find: Any = getattr(model, "get_input_embeddings", None)
     try:
-        return getattr(find(), "num_embeddings", None)
+        return find()
     except (TypeError, AttributeError, NotImplementedError):
         return None
 
 
-def _positions(model: nn.Module) -> int | None:
-    """Number of positions of a model that has learned an embedding for each, as BERT and GPT-2."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in (
-            "position_embeddings",
-            "wpe",
-            "embed_positions",
-        ):
-            first = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
-            return module.num_embeddings - first
-    return None
+def _positions(model: nn.Module) -> tuple[int | None, int | None]:
+    """
+    Length of the longest row and number of position ids of a model that has learned an embedding for each position, as BERT
+    and GPT-2; `None` where it has not, or where that is not plain to see.
+    """
+    tokens = _token_embedding(model)
+    # Beside the tokens' embedding, as a tower for sounds or images has positions of its own
+    owner = next((module for module in model.modules() if any(part is tokens for part in module.children())), None)
+    for place in (owner, getattr(owner, "encoder", None)):
+        for name in ("position_embeddings", "wpe", "embed_positions"):
+            module = getattr(place, name, None)
+            if isinstance(module, nn.Embedding):
+                offset: int = getattr(module, "offset", 0)
+                padding = 0 if module.padding_idx is None or offset else module.padding_idx + 1
+                return module.num_embeddings - offset - padding, module.num_embeddings - offset
+    return None, None

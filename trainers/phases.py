@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from hf_robust.threats import check_at_least, check_count
+from hf_robust.threats import check_at_least, check_count, check_number
 
 PHASES = ("data", "attack", "forward", "backward", "optimizer", "other")
 
@@ -55,8 +55,10 @@ class RunArguments:
         norm = getattr(self, "max_grad_norm", 0)  # at most 0 it clips nothing; infinite, it is logged besides
         if isinstance(norm, bool) or not isinstance(norm, int | float) or norm != norm:
             raise ValueError(f"`max_grad_norm={norm!r}` must be a number. Use 0 to clip nothing.")
+        epochs = getattr(self, "num_train_epochs", 0)
+        check_number("num_train_epochs", epochs, "Give the number of epochs.")
         if getattr(self, "max_steps", 1) <= 0:  # steps override epochs
-            check_at_least("num_train_epochs", getattr(self, "num_train_epochs", 0), 0, "Give the number of epochs.")
+            check_at_least("num_train_epochs", epochs, 0, "Give the number of epochs.")
         smoothing = getattr(self, "label_smoothing_factor", 0)
         if smoothing > 1:
             raise ValueError(

@@ -26,7 +26,6 @@ from hf_robust.trainers.unlearn_checks import check_arguments, check_model, free
 from hf_robust.trainers.unlearn_config import UnlearnConfig
 from hf_robust.trainers.unlearn_data import (
     FORGET,
-    IMAGE_COLUMNS,
     REFERENCE_NLL,
     RETAIN,
     ROW,
@@ -36,11 +35,14 @@ from hf_robust.trainers.unlearn_data import (
     check_labels,
     check_overlap,
     check_rows,
+    has_images,
+    numbered,
     rows_of,
 )
 from hf_robust.trainers.unlearn_losses import (
     REFERENCE,
     TOTALS,
+    count_rows,
     forget_rows,
     label_index,
     model_inputs,
@@ -145,7 +147,11 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
             retain = check_rows(rows_of(retain_dataset, "retain_dataset"), "retain_dataset")
             check_overlap(forget, retain, formatting_func, args.dataset_text_field)
         elif retain_dataset is not None:
-            logger.warning("`retain_weight=0`: `retain_dataset` is not used. Set `retain_weight=1` to keep its rows.")
+            logger.warning(
+                "`retain_weight=0` with `loss_type=%r`: no row of `retain_dataset` is trained on. Set `retain_weight=1` to "
+                "keep them.",
+                args.loss_type,
+            )
         if args.ddp_broadcast_buffers is None:
             # Forget and retain rows run one after the other, and DDP would overwrite buffers in between. Buffers of language
             # models are constants, so nothing is lost.
@@ -156,7 +162,7 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
         # The parent knows `loss_type` as something else, and asks for it here alone
         loss_type, args.loss_type = args.loss_type, "nll"
         try:
-            super().__init__(model, args, data_collator, _numbered(forget), *parent_args, **parent_kwargs)
+            super().__init__(model, args, data_collator, numbered(forget), *parent_args, **parent_kwargs)
         finally:
             args.loss_type = loss_type
 
@@ -193,7 +199,7 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
         else:
             forget = check_labels(forget, given, "forget_dataset", length, skip)
         if retain is not None:
-            if self._is_vision_dataset != any(c in retain.column_names for c in IMAGE_COLUMNS):
+            if self._is_vision_dataset != has_images(retain):
                 raise ValueError(
                     "`forget_dataset` and `retain_dataset` must both have images, or neither: rows of the two are made into "
                     f"batches alike. Their columns are {forget.column_names} and {retain.column_names}."
@@ -202,7 +208,7 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
                 check_collated_labels(retain, collator, "retain_dataset", length, **as_batches)
             else:
                 count = len(retain)
-                retain = self._prepare_like_parent(_numbered(retain), "retain")
+                retain = self._prepare_like_parent(numbered(retain), "retain")
                 retain = check_labels(retain, count, "retain_dataset", length)
         return PairedRows(forget, retain, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
@@ -229,7 +235,7 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
         if not batches:
             return batches, num_items
         kinds = [kind for kind in (FORGET, RETAIN) if kind in batches[0]]
-        counts = torch.stack([_count([batch[kind]["labels"] for batch in batches]) for kind in kinds])
+        counts = torch.stack([count_rows([batch[kind]["labels"] for batch in batches]) for kind in kinds])
         # Once a window, without waiting for the device
         counts = self.accelerator.reduce(counts.to(self.accelerator.device), reduction="sum")
         for kind, totals in zip(kinds, counts, strict=True):
@@ -361,12 +367,22 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
             state._set_sync_gradients(before)
 
     def _start_perturbation(self, model: nn.Module) -> None:
-        """Once an optimizer step, with what all its micro-batches are to forget."""
+        """
+        Once an optimizer step, with what all its micro-batches are to forget. What a reference says is kept for the step
+        itself, unless it is logits of several micro-batches: these are computed anew, so that memory is that of one.
+        """
         for part in self._window:
-            part.update(self._prepare_inputs(part))  # in place: what a reference says is kept for the step itself
-        losses = [functools.partial(_swapped, self.forget_loss, part) for part in self._window]
+            part.update(self._prepare_inputs(part))  # in place, where the step finds it
+        keeps = len(self._window) == 1 or self.args.loss_type != "undial"
+        losses = [functools.partial(self._window_loss, part, keeps) for part in self._window]
         self._window = []
         self.perturbation.start(self, model, losses, step=self.state.global_step)
+
+    def _window_loss(self, part: dict[str, Any], keeps: bool, model: nn.Module) -> torch.Tensor:
+        loss = self.forget_loss(model, part)
+        if not keeps:
+            part.pop(REFERENCE, None)
+        return loss
 
     def _perturbed_step(self, model: nn.Module, forget: dict[str, Any], *, sync: bool) -> torch.Tensor:
         with self.compute_loss_context_manager():
@@ -480,18 +496,3 @@ def _own_config(args: UnlearnConfig | TrainingArguments | None) -> UnlearnConfig
         args = copy.copy(args)
         args.loss_type = UnlearnConfig.loss_type
     return take_over(args, UnlearnConfig, "unlearned")
-
-
-def _numbered(dataset: Dataset) -> Dataset:
-    """With a column of row numbers, which stay with the rows that the parent keeps."""
-    return dataset.add_column(ROW, list(range(len(dataset))))
-
-
-def _count(labels: list[torch.Tensor]) -> torch.Tensor:
-    """`[2]` int64: rows, and labels that something predicts."""
-    rows = torch.tensor(sum(len(part) for part in labels), device=labels[0].device)
-    return torch.stack([rows, torch.stack([(part[:, 1:] != -100).sum() for part in labels]).sum()])
-
-
-def _swapped(loss: Any, part: dict[str, Any], model: nn.Module) -> torch.Tensor:
-    return loss(model, part)

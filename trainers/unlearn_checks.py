@@ -27,7 +27,7 @@ def check_arguments(args: UnlearnConfig, compute_loss_func: Any) -> None:
 
     Raises:
         ValueError: packing, padding-free batches, reentrant activation checkpointing, NEFTune, activations that
-            are offloaded where no whole backward follows, label smoothing, another loss.
+            are offloaded where no whole backward follows, label smoothing, an order of rows by length, another loss.
     """
     for name in ("packing", "padding_free"):
         if getattr(args, name, None):
@@ -55,6 +55,12 @@ def check_arguments(args: UnlearnConfig, compute_loss_func: Any) -> None:
             f"`label_smoothing_factor={args.label_smoothing_factor!r}` is not supported by unlearning: its losses are made of "
             "the labels' likelihoods alone. Use 0."
         )
+    order = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
+    if order in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"`train_sampling_strategy={order!r}` cannot be combined with unlearning, whose rows are pairs of a forget and a "
+            "retain row without a length of their own. Use 'random' or 'sequential'."
+        )
     if compute_loss_func is not None:
         raise ValueError("`compute_loss_func` replaces the loss that unlearning is: leave it out, or use `SFTTrainer`.")
 
@@ -70,8 +76,9 @@ def check_model(model: Any, accelerator: Accelerator, args: UnlearnConfig, *, au
         aux_loss: whether the parent adds the router's loss of a mixture of experts.
 
     Raises:
-        ValueError: a layer out of range or layers not found; a prompt-learning adapter; a router loss; an adapter that has
-            changed the model already, where a loss compares with the model without it.
+        ValueError: a layer out of range or layers not found; a latent attack behind all that RMU reads; a prompt-learning
+            adapter; a router loss; an adapter that has changed the model already, where a loss compares with the model
+            without it.
     """
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
@@ -93,6 +100,13 @@ def check_model(model: Any, accelerator: Accelerator, args: UnlearnConfig, *, au
             raise ValueError(
                 f"`activation_layer={args.activation_layer!r}`: the model has layers 0 to {depth - 1}, counted from the end if "
                 "negative. The authors of RMU take layer 7 of 32."
+            )
+        behind = -depth <= args.latent_layer < depth and args.latent_layer % depth > args.activation_layer % depth
+        if args.loss_type == "rmu" and args.robust == "latent" and behind and args.latent_epsilon and args.latent_steps:
+            raise ValueError(
+                f"`latent_layer={args.latent_layer!r}` lies behind `activation_layer={args.activation_layer!r}`: "
+                "`loss_type='rmu'` reads hidden states that `robust='latent'` would not reach, so training would be the plain "
+                "one. Perturb that layer or one before it."
             )
     if (args.forget_reference or args.retain_reference) and is_peft_model(model):
         _check_fresh(model, accelerator, args)

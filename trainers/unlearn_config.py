@@ -7,7 +7,7 @@ from trl import SFTConfig
 from hf_robust.objectives.unlearning import FORGET_LOSSES, RETAIN_LOSSES
 from hf_robust.threats import check_at_least, check_choice, check_count, check_number
 from hf_robust.trainers.phases import RunArguments
-from hf_robust.trainers.unlearn_robust import RobustArguments
+from hf_robust.trainers.unlearn_robust import RobustArguments, refuse_unused
 
 # Losses that compare with the model before training
 REFERENCE_LOSSES = ("npo", "undial")
@@ -15,6 +15,8 @@ REFERENCE_LOSSES = ("npo", "undial")
 _BETA = {"npo": 0.1, "simnpo": 4.5, "undial": 10.0}
 _FORGET_WEIGHT = {"simnpo": 0.125}
 _RETAIN_WEIGHT = {"undial": 0.0, "ce_u": 0.0}
+# Fields of one loss only. `activation_layer` is none of them: it fits a model, whatever the loss
+_OWN_FIELDS = {"simnpo": ("simnpo_delta",), "ce_u": ("ce_u_skip_tokens",), "rmu": ("rmu_coefficient",)}
 
 
 @dataclass
@@ -92,6 +94,11 @@ class UnlearnConfig(RobustArguments, RunArguments, SFTConfig):
     def __post_init__(self) -> None:
         check_choice("loss_type", self.loss_type, FORGET_LOSSES)
         kind = self.loss_type
+        if self.retain_type is not None and self.retain_weight is None and not _RETAIN_WEIGHT.get(kind, 1.0):
+            raise ValueError(
+                f"`retain_type={self.retain_type!r}` without `retain_weight`: with `loss_type={kind!r}` that is 0 by default, "
+                "as in the paper, and no retain row is trained on. Set `retain_weight=1`, or leave `retain_type` unset."
+            )
         if self.retain_type is None:
             self.retain_type = "activation" if kind == "rmu" else "ce"
         check_choice("retain_type", self.retain_type, RETAIN_LOSSES)
@@ -112,6 +119,7 @@ class UnlearnConfig(RobustArguments, RunArguments, SFTConfig):
             raise ValueError(f"`activation_layer={self.activation_layer!r}` must be the number of a layer, such as 7.")
         check_number("simnpo_delta", self.simnpo_delta, "The released code takes 0.")
         check_at_least("rmu_coefficient", self.rmu_coefficient, 0, "Use about the norm of the hidden states.")
+        refuse_unused(self, "loss_type", _OWN_FIELDS)
         if self.rmu_weights is not None and (kind != "rmu" or not self.rmu_weights):
             raise ValueError(
                 f"`rmu_weights={self.rmu_weights!r}` needs `loss_type='rmu'` and one name at least: leave it unset, or name "
@@ -125,6 +133,11 @@ class UnlearnConfig(RobustArguments, RunArguments, SFTConfig):
                 f"with `retain_type={self.retain_type!r}` compares with more than that, or with nothing. Leave it off."
             )
         super().__post_init__()
+
+    @property
+    def attacks_answers(self) -> bool:
+        """Whether the latent attack moves label tokens too: RMU looks at nothing else."""
+        return self.loss_type == "rmu"
 
     @property
     def forget_reference(self) -> bool:

@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,18 @@ from hf_robust.data.checks import SHOWN_ROWS
 from hf_robust.data.text_rows import rows_explained
 from hf_robust.trainers.unlearn_losses import REFERENCE
 
+logger = logging.getLogger(__name__)
+
 IMAGE_COLUMNS = ("image", "images")
 FORGET, RETAIN = "forget", "retain"
 # Summed negative log-likelihood under the model before training, where it is computed beforehand
 REFERENCE_NLL = "reference_nll"
 # Number of a row as the user gave it, while it is prepared
 ROW = "unlearn_row"
+# How many rows are made into batches before training
+_COLLATED = 1_000
+# What rows say as they are stored, whatever a transform makes of them
+_WORDS = ("messages", "prompt", "conversations", "question", "input_ids")
 
 
 class PairedRows(torch.utils.data.Dataset):
@@ -79,7 +87,8 @@ class PairedRows(torch.utils.data.Dataset):
 
 class PairCollator:
     """
-    Batches of pairs as `{"forget": batch, "retain": batch}`; other rows (those of an evaluation) as they always were.
+    Batches of pairs as `{"forget": batch, "retain": batch}`; other rows (those of an evaluation) as they always were. The first
+    batch with a row without a label is warned of.
 
     Args:
         collator: makes a batch of rows.
@@ -88,18 +97,30 @@ class PairCollator:
 
     def __init__(self, collator: Callable[[list[Any]], dict[str, Any]], skip_tokens: int = 0):
         self.collator, self.skip_tokens = collator, skip_tokens
+        self._warned: set[str] = set()
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if FORGET not in rows[0]:
             return self.collator(rows)
-        forget = dict(self.collator([row[FORGET] for row in rows]))
+        forget = dict(self._labelled(FORGET, rows, self.skip_tokens))
         if self.skip_tokens:
             forget["labels"] = skip_labels(forget["labels"], self.skip_tokens)
         if REFERENCE_NLL in rows[0][FORGET]:
             forget[REFERENCE] = torch.tensor([row[FORGET][REFERENCE_NLL] for row in rows])
         batch = {FORGET: forget}
         if RETAIN in rows[0]:
-            batch[RETAIN] = dict(self.collator([row[RETAIN] for row in rows]))
+            batch[RETAIN] = dict(self._labelled(RETAIN, rows, 0))
+        return batch
+
+    def _labelled(self, kind: str, rows: list[dict[str, Any]], skip_tokens: int) -> dict[str, Any]:
+        batch = self.collator([row[kind] for row in rows])
+        if kind not in self._warned and not all(_has_labels(batch["labels"], skip_tokens)):
+            self._warned.add(kind)
+            logger.warning(
+                "A batch of `%s_dataset` holds rows without a label token, which teach nothing: they hold no answer, or "
+                "`max_length` cuts it off. Fill them, take them out, or raise `max_length`.",
+                kind,
+            )
         return batch
 
 
@@ -115,6 +136,12 @@ def skip_labels(labels: torch.Tensor, count: int) -> torch.Tensor:
     return labels.masked_fill(given & (given.cumsum(dim=1) <= count), -100)
 
 
+def _has_labels(labels: torch.Tensor, skip_tokens: int) -> list[bool]:
+    """For each row of a batch whether it has labels beyond the first `skip_tokens`, and one that something predicts."""
+    given = labels != -100
+    return ((given.sum(dim=1) > skip_tokens) & given[:, 1:].any(dim=1)).tolist()
+
+
 def rows_of(source: Any, argument: str) -> Any:
     """
     A dataset, or the one of a name.
@@ -124,6 +151,16 @@ def rows_of(source: Any, argument: str) -> Any:
         argument: what the user calls it, for error messages.
     """
     return load_utility(source, argument=argument) if isinstance(source, str) else source
+
+
+def numbered(dataset: Dataset) -> Dataset:
+    """
+    With a column of row numbers, [`ROW`], which stay with the rows that the parent keeps.
+
+    Args:
+        dataset: rows as given.
+    """
+    return dataset.add_column(ROW, list(range(len(dataset))))
 
 
 def check_rows(dataset: Any, argument: str) -> Dataset:
@@ -153,6 +190,16 @@ def check_rows(dataset: Any, argument: str) -> Dataset:
     return dataset
 
 
+def has_images(dataset: Dataset) -> bool:
+    """
+    Whether rows have images, as the parent sees it: behind a transform, if there is one.
+
+    Args:
+        dataset: at least one row.
+    """
+    return any(column in dataset[0] for column in IMAGE_COLUMNS)
+
+
 def check_overlap(
     forget: Dataset, retain: Dataset, formatting_func: Callable[[Any], str] | None = None, text_field: str = "text"
 ) -> None:
@@ -169,7 +216,7 @@ def check_overlap(
     Raises:
         ValueError: there are such rows; the message has their numbers.
     """
-    if any(column in dataset.column_names for dataset in (forget, retain) for column in IMAGE_COLUMNS):
+    if any(has_images(dataset) or set(IMAGE_COLUMNS) & set(dataset.column_names) for dataset in (forget, retain)):
         both = _overlap_with_images(forget, retain, text_field)
     else:
         named = {"retain_dataset": retain, "forget_dataset": forget} if formatting_func is None else {}
@@ -200,23 +247,32 @@ def _spoken(dataset: Dataset, formatting_func: Callable[[Any], str] | None, text
 
 
 def _overlap_with_images(forget: Dataset, retain: Dataset, text_field: str) -> list[tuple[int, int]]:
-    """Numbers of the rows that say the same about the same images."""
+    """Numbers of the rows that say the same about the same images, both as they are stored if they are stored."""
     said = []
     for dataset in (forget, retain):
-        words = dataset.remove_columns([column for column in IMAGE_COLUMNS if column in dataset.column_names])
+        words = dataset
+        if {*_WORDS, text_field} & set(dataset.column_names):
+            words = dataset.with_format(None)
+            words = words.remove_columns([column for column in IMAGE_COLUMNS if column in dataset.column_names])
         said.append(list(_spoken(words, None, text_field)))
     # Images are opened where words do not tell rows apart, and nowhere else
     alike = [[number for number, _ in forget_retain_overlap(*pair)] for pair in (said, said[::-1])]
     rows = [
-        [_beside_images(words[number], dataset[number]) for number in numbers]
+        [_beside_images(words[number], _images(dataset, number)) for number in numbers]
         for words, dataset, numbers in zip(said, (forget, retain), alike, strict=True)
     ]
     return [(alike[0][first], alike[1][second]) for first, second in forget_retain_overlap(*rows)]
 
 
-def _beside_images(words: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+def _images(dataset: Dataset, number: int) -> list[Any]:
+    """As stored: a transform may hide them, or draw a crop."""
+    stored = any(column in dataset.column_names for column in IMAGE_COLUMNS)
+    row = dataset.with_format(None)[number] if stored else dataset[number]
+    return [row["image"]] if row.get("image") is not None else row.get("images") or []
+
+
+def _beside_images(words: Mapping[str, Any], images: list[Any]) -> dict[str, Any]:
     """What a row says, with digests of its images in front."""
-    images = [row["image"]] if row.get("image") is not None else row.get("images") or []
     digests = " ".join(map(_digest, images))
     first = next(name for name in ("messages", "prompt", "text", "question") if words.get(name) is not None)
     value = words[first]
@@ -255,7 +311,8 @@ def check_labels(prepared: Dataset, given: int, argument: str, max_length: int |
         for number, labels in zip(prepared[ROW], prepared["labels"], strict=True)
         if sum(label != -100 for label in labels) > skip_tokens and any(label != -100 for label in labels[1:])
     }
-    _refuse_unlabelled(labelled, given, argument, max_length, skip_tokens)
+    missing = [number for number in range(given) if number not in labelled]
+    _refuse_unlabelled(missing, f"{given} rows", argument, max_length, skip_tokens)
     return prepared.select_columns(["input_ids", "labels"])
 
 
@@ -270,8 +327,8 @@ def check_collated_labels(
     progress: bool = True,
 ) -> None:
     """
-    Refuse rows without a label where labels are made with each batch, as those of rows with images are: every batch is made
-    once, which takes as long as it takes in an epoch.
+    Refuse rows without a label where labels are made with each batch, as those of rows with images are. Up to 1,000 rows,
+    spread over the dataset, are made into batches, as in training; for the rest [`PairCollator`] looks at each batch.
 
     Args:
         dataset: rows as the collator takes them.
@@ -285,21 +342,37 @@ def check_collated_labels(
     Raises:
         ValueError: rows without a label token; the message has their numbers.
     """
-    labelled: set[int] = set()
-    for start in tqdm(range(0, len(dataset), batch_size), desc=f"Labels of {argument}", disable=not progress):
-        places = range(start, min(start + batch_size, len(dataset)))
-        given = collator([dataset[place] for place in places])["labels"] != -100
-        enough = (given.sum(dim=1) > skip_tokens) & given[:, 1:].any(dim=1)
-        labelled |= {place for place, is_enough in zip(places, enough.tolist(), strict=True) if is_enough}
-    _refuse_unlabelled(labelled, len(dataset), argument, max_length, skip_tokens)
+    count = min(len(dataset), _COLLATED)
+    chosen = [place * len(dataset) // count for place in range(count)]
+    missing: list[int] = []
+    with _random_states_kept():
+        for start in tqdm(range(0, count, batch_size), desc=f"Labels of {argument}", disable=not progress):
+            places = chosen[start : start + batch_size]
+            enough = _has_labels(collator([dataset[place] for place in places])["labels"], skip_tokens)
+            missing += [place for place, is_enough in zip(places, enough, strict=True) if not is_enough]
+    among = "" if count == len(dataset) else f" looked at (of {len(dataset)})"
+    _refuse_unlabelled(missing, f"{count} rows{among}", argument, max_length, skip_tokens)
 
 
-def _refuse_unlabelled(labelled: set[int], given: int, argument: str, max_length: int | None, skip_tokens: int) -> None:
-    missing = [number for number in range(given) if number not in labelled]
+@contextlib.contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """A collator may draw from the global generators; training begins as if it had not."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _refuse_unlabelled(
+    missing: Sequence[int], looked_at: str, argument: str, max_length: int | None, skip_tokens: int
+) -> None:
     if missing:
         beyond = f" behind the first {skip_tokens} (`ce_u_skip_tokens`)" if skip_tokens else ""
         shown = ", ".join(map(str, missing[:SHOWN_ROWS])) + (", …" if len(missing) > SHOWN_ROWS else "")
         raise ValueError(
-            f"`{argument}` has {len(missing)} of {given} rows without a label token{beyond}: rows {shown}. They hold no "
+            f"`{argument}` has {len(missing)} of {looked_at} without a label token{beyond}: rows {shown}. They hold no "
             f"answer, or `max_length={max_length!r}` cuts it off. Fill them, take them out, or raise `max_length`."
         )

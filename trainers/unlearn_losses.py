@@ -51,6 +51,20 @@ def label_index(part: dict[str, Any]) -> LabelIndex:
     return part[INDEX]
 
 
+def count_rows(labels: list[torch.Tensor]) -> torch.Tensor:
+    """
+    Sizes that losses are means over.
+
+    Args:
+        labels: `[batch, length]` of each part.
+
+    Returns:
+        `[2]` int64: rows, and labels that something predicts.
+    """
+    rows = torch.tensor(sum(len(part) for part in labels), device=labels[0].device)
+    return torch.stack([rows, torch.stack([(part[:, 1:] != -100).sum() for part in labels]).sum()])
+
+
 def row_weights(kind: str, part: dict[str, Any]) -> torch.Tensor:
     """
     Share of each row of a part in a window's mean.

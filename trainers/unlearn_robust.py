@@ -18,8 +18,8 @@ before, outside: it must be neither perturbed nor computed twice.
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -37,6 +37,14 @@ from hf_robust.trainers.schedule import start_seed
 logger = logging.getLogger(__name__)
 
 ROBUST_FORMS = ("none", "sam", "smooth", "latent", "embedding")
+
+# Fields of one form only. A layer is none of them: it fits a model, whatever the form
+_OWN_FIELDS = {
+    "sam": ("sam_rho",),
+    "smooth": ("smooth_rho", "smooth_samples"),
+    "latent": ("latent_epsilon", "latent_steps"),
+    "embedding": ("attack_epsilon", "attack_steps"),
+}
 
 # A share of a perturbation that is lost in rounding from which on the user should know
 _KEPT = 0.5
@@ -63,7 +71,8 @@ class RobustArguments:
         smooth_samples (`int`, defaults to `3`):
             Random shifts over which the forget loss is averaged, each a forward and a backward.
         latent_layer (`int`, defaults to `7`):
-            Layer whose output is perturbed, counted from 0 (negative: from the end).
+            Layer whose output is perturbed, counted from 0 (negative: from the end). With RMU `activation_layer` or one before
+            it; the released code of arXiv 2407.15549 takes 7 of layer 8.
         latent_epsilon (`float`, defaults to `2.0`):
             L2 length of each token's perturbation, in units of the hidden states, as in the paper for 7-billion models; hidden
             states grow with width and depth. 0 switches it off.
@@ -102,9 +111,15 @@ class RobustArguments:
         # Parsers of command lines and YAML files hand over what they read: fail on it here, not after the model loads
         for form in ROBUST_FORMS:
             self.build_attack(form)
+        refuse_unused(self, "robust", _OWN_FIELDS)
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
+
+    @property
+    def attacks_answers(self) -> bool:
+        """Whether the attack on hidden states moves those of label tokens too."""
+        return False
 
     def build_attack(self, form: str | None = None) -> EmbeddingAttack | WeightAttack | None:
         """
@@ -126,7 +141,7 @@ class RobustArguments:
             if form == "smooth":
                 return WeightAttack(rho=self.smooth_rho, kind="random", samples=self.smooth_samples)
             if form == "latent":
-                return _LatentForget(
+                return (_LatentEverywhere if self.attacks_answers else _LatentForget)(
                     epsilon=self.latent_epsilon,
                     layers=[self.latent_layer],
                     steps=self.latent_steps,
@@ -146,6 +161,29 @@ class RobustArguments:
                 message = message.replace(f"`{argument}=", f"`{prefix}_{argument}=")
             raise ValueError(message) from None
         return None
+
+
+def refuse_unused(args: Any, argument: str, owners: Mapping[str, Sequence[str]]) -> None:
+    """
+    Refuse a field that was set and that nothing would read.
+
+    Args:
+        args: the configuration, a dataclass.
+        argument: its field that chooses a kind.
+        owners: names of fields that one kind only reads, by kind.
+
+    Raises:
+        ValueError: a field of another kind than the chosen one is not at its default.
+    """
+    chosen, defaults = getattr(args, argument), {one.name: one.default for one in fields(args)}
+    for kind, names in owners.items():
+        for name in names:
+            value = getattr(args, name)
+            if kind != chosen and value != defaults[name]:
+                raise ValueError(
+                    f"`{name}={value!r}` needs `{argument}={kind!r}`, and nothing reads it with `{argument}={chosen!r}`. Leave "
+                    "it unset."
+                )
 
 
 class Perturbation:
@@ -251,9 +289,7 @@ class WeightPerturbation(Perturbation):
         self.meters.add("forget_gradient_norm", found.gradient_norm, 1.0)
         site = WeightSite(inner)
         self._values = site.shifted(found.deltas)
-        if not self._is_checked:
-            self._is_checked = True
-            _warn_if_rounded_away(site, self._values, self.attack.rho)
+        self._check_rounding(site, self._values)
 
     def backward(
         self,
@@ -276,6 +312,7 @@ class WeightPerturbation(Perturbation):
                 seed = start_seed(self._seed, sample, 0)
                 with trainer._stopwatch:
                     values = site.shifted(self.attack.search(inner, seed=seed).deltas)
+                self._check_rounding(site, values)
             with site.at(values):
                 last = sample + 1 == samples
                 total = total + _backward(trainer, model, forget_loss, scale / samples, sync and last)
@@ -285,6 +322,11 @@ class WeightPerturbation(Perturbation):
             self._values = None
         assert isinstance(total, torch.Tensor)
         return total
+
+    def _check_rounding(self, site: WeightSite, values: Sequence[torch.Tensor | None]) -> None:
+        if not self._is_checked:
+            self._is_checked = True
+            _warn_if_rounded_away(site, values, self.attack)
 
     def operations(self, training: int) -> int:
         return training * (self.attack.samples if self.attack.kind == "random" else 2)
@@ -296,7 +338,9 @@ class InputPerturbation(Perturbation):
 
     For each row, the attack lowers the token-mean cross-entropy of its labels. Of the losses that rise as that falls
     (grad_diff, npo, simnpo) this is the inner maximum itself; for the others it is what the adversary is after, as in the
-    released code of arXiv 2407.15549 for RMU. Prompts are perturbed, or all tokens of a row without a prompt.
+    released code of arXiv 2407.15549 for RMU. Prompts are perturbed, or all tokens of a row without a prompt. RMU reads hidden
+    states of label tokens instead of what follows from them, so the latent attack moves all tokens of its rows, as that code
+    does; behind the layer read it could reach none of them and is refused.
 
     Args:
         attack: the attack on hidden states or embeddings.
@@ -376,6 +420,15 @@ class _WholeRows:
         return torch.where(prompt.any(dim=1, keepdim=True), prompt, attended)
 
 
+class _LatentEverywhere(LatentAttack):
+    """The latent attack on forget rows whose own hidden states the loss reads: on all tokens."""
+
+    def attacked_positions(
+        self, attention_mask: torch.Tensor, labels: torch.Tensor, user_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return attention_mask.bool()
+
+
 class _EmbeddingForget(_WholeRows, EmbeddingAttack):
     """The embedding attack on forget rows."""
 
@@ -396,18 +449,31 @@ def _backward(trainer: Any, model: nn.Module, forget_loss: ForgetLoss, scale: fl
 
 
 @torch.no_grad()
-def _warn_if_rounded_away(site: WeightSite, values: Sequence[torch.Tensor | None], rho: float) -> None:
-    """Half precision may round away a perturbation that is small beside the weights: say so, once."""
+def _warn_if_rounded_away(site: WeightSite, values: Sequence[torch.Tensor | None], attack: WeightAttack) -> None:
+    """
+    Half precision may round away a perturbation that is small beside the weights: say so, once. Of SAM's, what counts is its
+    length; of a random one whether weights move at all, as those that do move too far and make up for the length.
+    """
     pairs = [(p, v) for p, v in zip(site.parameters, values, strict=True) if v is not None]
     if all(parameter.dtype not in (torch.bfloat16, torch.float16) for parameter, _ in pairs):
         return
+    if attack.kind == "random":
+        moved = sum(int((value != parameter).sum()) for parameter, value in pairs)
+        kept = moved / sum(parameter.numel() for parameter, _ in pairs)
+        if kept < _KEPT:
+            logger.warning(
+                "`smooth_rho=%g`: rounding to the trained weights' half precision leaves all but %.0f %% of them where they "
+                "are. Train float32 weights (`bf16=True` keeps them), an adapter, or raise `smooth_rho`.",
+                attack.rho, 100 * kept,
+            )  # fmt: skip
+        return
     lengths = [torch.linalg.vector_norm(v.float() - p.detach().float()).cpu() for p, v in pairs]
-    kept = float(torch.linalg.vector_norm(torch.stack(lengths))) / rho
+    kept = float(torch.linalg.vector_norm(torch.stack(lengths))) / attack.rho
     if kept < _KEPT:
         logger.warning(
             "`sam_rho=%g`: rounding to the trained weights' half precision leaves %.0f %% of the perturbation's length. Train "
             "float32 weights (`bf16=True` keeps them), an adapter, or raise `sam_rho`.",
-            rho, 100 * kept,
+            attack.rho, 100 * kept,
         )  # fmt: skip
 
 

@@ -1,16 +1,20 @@
 """`hf-robust evaluate` for unlearned language models: what is still answered of the forget set, and what attacks bring back."""
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_robust.cli.evaluate_forms import asked_attacks, check_required, given_options, listed, run_form
+from hf_robust.data.unlearning import FORMATS, load_unlearning
 from hf_robust.threats import check_at_least, check_choice
 
-_FORMATS = ("auto", "tofu", "muse", "wmdp")
-# The control of relearning: the same on other text
-_PRESETS = {"relearn_control": {"attack": "relearn", "source": "retain"}}
+# The control of relearning, which is the same on other text, and rounding to more bits than 4
+_PRESETS: dict[str, dict[str, Any]] = {
+    "relearn_control": {"attack": "relearn", "source": "retain"},
+    "quantize_8bit": {"attack": "quantize", "bits": 8},
+}
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -26,9 +30,9 @@ class EvaluateUnlearningArguments:
             Folder of the report and of the finished work that an interrupted evaluation goes on from.
         controls_dir (`str`, *optional*):
             Folder of the finished work on original and oracle, which evaluations of several models share.
-        attacks (`list[str]`, defaults to `relearn relearn_control quantize logit_lens`):
+        attacks (`list[str]`, defaults to `relearn relearn_control quantize_8bit quantize logit_lens`):
             Names, separated by spaces or commas: those, and attacks on prompts (gcg, embedding_suffix, soft_prompt,
-            prefilling, user_prompts, …). `relearn_control` is `relearn` on the retain set.
+            prefilling, user_prompts, …). `relearn_control` is `relearn` on the retain set, `quantize` rounds to 4 bits.
         forget_file (`str`):
             What was to be forgotten: JSONL, JSON, CSV or parquet with `prompt` and `completion`, `messages`, `question` and
             `answer`, or `text`; or a file of TOFU, MUSE or WMDP (see `file_format`).
@@ -58,7 +62,8 @@ class EvaluateUnlearningArguments:
             YAML or JSON file of settings by attack. A name that is no attack's needs an entry with `attack`, so that one
             attack may run twice.
         budget_forwards (`int`, *optional*):
-            Forward passes (rows) that an attack may spend on a prompt.
+            Forward passes (rows) that an attack may spend on a prompt. Attacks without a budget are named; those on weights
+            have none.
         budget_backwards (`int`, *optional*):
             Backward passes (rows) that it may spend.
         budget_seconds (`float`, *optional*):
@@ -88,9 +93,9 @@ class EvaluateUnlearningArguments:
         default=None, metadata={"help": "Folder of the work on original and oracle, shared by several models."}
     )
     attacks: list[str] = field(
-        default_factory=lambda: ["relearn", "relearn_control", "quantize", "logit_lens"],
+        default_factory=lambda: ["relearn", "relearn_control", "quantize_8bit", "quantize", "logit_lens"],
         metadata={
-            "help": "Of relearn, relearn_control, quantize, logit_lens, and attacks on prompts (gcg, prefilling, …)."
+            "help": "Of relearn, relearn_control, quantize_8bit, quantize, logit_lens, and attacks on prompts (gcg, …)."
         },
     )
     forget_file: str = field(default="", metadata={"help": "What was to be forgotten: JSONL, JSON, CSV or parquet."})
@@ -99,7 +104,7 @@ class EvaluateUnlearningArguments:
         default_factory=list, metadata={"help": "Further questions that should be answered, as NAME=FILE."}
     )
     holdout_file: str | None = field(default=None, metadata={"help": "Questions that no model was trained on."})
-    file_format: str = field(default="auto", metadata={"help": f"Of the files: {', '.join(_FORMATS)}."})
+    file_format: str = field(default="auto", metadata={"help": f"Of the files: {', '.join(FORMATS)}."})
     original: str | None = field(default=None, metadata={"help": "The model before unlearning."})
     oracle: str | None = field(default=None, metadata={"help": "A model trained without the forget set."})
     adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of a PEFT adapter."})
@@ -133,7 +138,7 @@ class EvaluateUnlearningArguments:
         check_at_least("--batch_size", self.batch_size, 1, "Give the number of questions in a batch.")
         check_choice("--dtype", self.dtype, _DTYPES)
         check_at_least("--max_new_tokens", self.max_new_tokens, 1, "Give the length of an answer.")
-        check_choice("--file_format", self.file_format, _FORMATS)
+        check_choice("--file_format", self.file_format, FORMATS)
         self.named_files()
 
     def named_files(self) -> dict[str, str]:
@@ -158,7 +163,7 @@ class EvaluateUnlearningArguments:
         The attacks asked for, by the names that the report gives them.
 
         Raises:
-            ValueError: an unknown attack or setting, or settings of an attack that does not run.
+            ValueError: an unknown attack or setting, settings of an attack that does not run, or a budget for none.
         """
         from hf_robust.attacks.registry import build_from, settings_of
         from hf_robust.report.unlearning_attacks import forgetting_attacks
@@ -168,13 +173,20 @@ class EvaluateUnlearningArguments:
         common: dict[str, Any] = {"seed": self.seed, "max_new_tokens": self.max_new_tokens}
         if any(bound is not None for bound in bounds.values()):
             common["budget"] = {name: bound for name, bound in bounds.items() if bound is not None}
-        attacks = {}
+        attacks, unbounded = {}, []
         asked = asked_attacks(self.attacks, self.attack_settings, [*known, *_PRESETS])
         for name, (kind, own) in asked.items():
             preset = dict(_PRESETS.get(kind, {}))
             kind = preset.pop("attack", kind)
             shared = {key: value for key, value in common.items() if key in settings_of(known, kind)}
             attacks[name] = build_from(known, kind, {**shared, **preset, **own})
+            if "budget" in common and "budget" not in shared:
+                unbounded.append(name)
+        if unbounded:
+            options = ", ".join(f"--budget_{name}" for name in common["budget"])
+            if len(unbounded) == len(attacks):
+                raise ValueError(f"`{options}` bounds no attack: {', '.join(unbounded)} take no budget. Leave it out.")
+            print(f"hf-robust evaluate: {options} does not bound {', '.join(unbounded)}.", file=sys.stderr)
         return attacks
 
     def read(self, path: str, argument: str, conversational: bool) -> Any:
@@ -186,26 +198,8 @@ class EvaluateUnlearningArguments:
             argument: name of the option, for errors.
             conversational: whether questions of a public set become messages.
         """
-        from hf_robust.data import unlearning
-        from hf_robust.data.readers import _load
-
-        kind = self.file_format
-        rows: Any = None
-        if kind == "auto":
-            rows = _load(path, "train", None, False, f"`{argument} {path}`")
-            kind = _told_format(rows[0])
-        if kind != "auto":
-            rows = getattr(unlearning, f"read_{kind}")(path, conversational=conversational, argument=argument)
+        rows, _ = load_unlearning(path, file_format=self.file_format, conversational=conversational, argument=argument)
         return rows if self.limit is None else rows.select(range(min(self.limit, len(rows))))
-
-
-def _told_format(row: Mapping[str, Any]) -> str:
-    """The public set that a row is like; `auto` for what is read as it is."""
-    if {"prompt", "gt"} <= set(row):
-        return "muse"
-    if "prompt" in row or not {"question", "answer"} <= set(row):
-        return "auto"
-    return "wmdp" if "choices" in row and not isinstance(row["answer"], str) else "tofu"
 
 
 def is_wanted(arguments: Sequence[str]) -> bool:
@@ -242,19 +236,21 @@ def _evaluate(options: EvaluateUnlearningArguments) -> None:
     )  # fmt: skip
     tokenizer = load_tokenizer(source)
     chat = getattr(tokenizer, "chat_template", None) is not None
+    # Before the models: a file that is missing is found at once
+    rows = {
+        "forget": options.read(options.forget_file, "--forget_file", chat),
+        "retain": options.read(options.retain_file, "--retain_file", chat),
+        "utility": {name: options.read(path, "--utility_files", chat) for name, path in options.named_files().items()},
+        "holdout": None if options.holdout_file is None else options.read(options.holdout_file, "--holdout_file", chat),
+    }
     controls: dict[str, Any] = {
         name: None if path is None else load_model(EvaluateArguments(model_name_or_path=path, **shared))
         for name, path in (("original", options.original), ("oracle", options.oracle))
     }
-    files = options.named_files()
     folder = Path(options.output_dir)
     report = evaluate_unlearning(
         load_model(source),
         tokenizer=tokenizer,
-        forget=options.read(options.forget_file, "--forget_file", chat),
-        retain=options.read(options.retain_file, "--retain_file", chat),
-        utility={name: options.read(path, "--utility_files", chat) for name, path in files.items()},
-        holdout=None if options.holdout_file is None else options.read(options.holdout_file, "--holdout_file", chat),
         attacks=attacks,
         judge=load_judge(source),
         output_dir=folder,
@@ -263,6 +259,7 @@ def _evaluate(options: EvaluateUnlearningArguments) -> None:
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
         progress=not options.no_progress,
+        **rows,
         **controls,
     )
     show(report, folder, peft=options.adapter is not None)

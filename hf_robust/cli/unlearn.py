@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser
 
 from hf_robust.cli.arguments import finish, load_tokenizer, model_arguments
-from hf_robust.data import load_utility
+from hf_robust.data import load_unlearning, load_utility
+from hf_robust.data.unlearning import FORMATS
 from hf_robust.trainers import UnlearnConfig, UnlearnTrainer
+from hf_robust.trainers.unlearn_data import IMAGE_COLUMNS
 
 
 @dataclass
@@ -19,7 +21,8 @@ class UnlearnDataArguments:
 
     Parameters:
         forget_dataset_name (`str`, *optional*):
-            Hub id, folder or file (.csv, .json, .jsonl, .parquet) of rows to forget, as `SFTTrainer` takes them. Required.
+            Hub id, folder or file (.csv, .json, .jsonl, .parquet) of rows to forget, as `SFTTrainer` takes them, or in the form
+            of TOFU, MUSE or WMDP (see `file_format`). Rows with `images` are for vision-language models. Required.
         retain_dataset_name (`str`, *optional*):
             The same of rows to keep. Required unless `retain_weight` is 0.
         forget_dataset_config (`str`, *optional*):
@@ -30,6 +33,9 @@ class UnlearnDataArguments:
             Split of the rows to forget.
         retain_split (`str`, defaults to `"train"`):
             Split of the rows to keep.
+        file_format (`str`, defaults to `"auto"`):
+            `"tofu"`, `"muse"` or `"wmdp"` for rows of these sets; `"auto"` tells them by their columns, and takes others as
+            they are.
         conversational (`bool`, *optional*):
             Whether plain prompts and completions become chat messages. Default: whether the tokenizer has a chat template.
     """
@@ -48,6 +54,7 @@ class UnlearnDataArguments:
     )
     forget_split: str = field(default="train", metadata={"help": "Split of the rows to forget."})
     retain_split: str = field(default="train", metadata={"help": "Split of the rows to keep."})
+    file_format: str = field(default="auto", metadata={"help": f"Of the rows: {', '.join(FORMATS)}."})
     conversational: bool | None = field(
         default=None,
         metadata={"help": "Turn plain rows into chat messages. Default: whether the tokenizer has a chat template."},
@@ -70,13 +77,17 @@ class UnlearnDataArguments:
         if source is None:
             return None
         has_template = True if tokenizer.chat_template is not None else None
-        return load_utility(
-            source,
-            split=getattr(self, f"{kind}_split"),
-            name=getattr(self, f"{kind}_dataset_config"),
-            conversational=has_template if self.conversational is None else self.conversational,
-            argument=f"{kind}_dataset_name",
-        )
+        chat = has_template if self.conversational is None else self.conversational
+        where: dict[str, Any] = {
+            "split": getattr(self, f"{kind}_split"),
+            "name": getattr(self, f"{kind}_dataset_config"),
+            "argument": f"{kind}_dataset_name",
+        }
+        rows, found = load_unlearning(source, file_format=self.file_format, conversational=bool(chat), **where)
+        if found == "auto":
+            return load_utility(source, conversational=chat, **where)
+        # What else a public set says of a row (its question once more, wrong answers) is for evaluations
+        return rows.select_columns([name for name in ("prompt", "completion", "text") if name in rows.column_names])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,12 +111,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     forget, retain = data_args.load("forget", tokenizer), data_args.load("retain", tokenizer)
     evaluates = str(getattr(training_args.eval_strategy, "value", training_args.eval_strategy)) != "no"
     both = {name: rows for name, rows in (("forget", forget), ("retain", retain)) if rows is not None}
+    processing: Any = tokenizer
+    if any(column in rows.column_names for rows in both.values() for column in IMAGE_COLUMNS):
+        processing = AutoProcessor.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            trust_remote_code=training_args.trust_remote_code,
+        )
     trainer = UnlearnTrainer(
         args=training_args,
         forget_dataset=forget,
-        retain_dataset=retain if training_args.retain_weight else None,
+        retain_dataset=retain,
         eval_dataset=both if evaluates else None,
-        processing_class=tokenizer,
+        processing_class=processing,
         **model_arguments(model_args, training_args),
     )
     finish(trainer, data_args, training_args)

@@ -14,7 +14,7 @@ from hf_robust.data.readers import (
     split_by_behavior,
 )
 from hf_robust.data.retain_prompts import load_retain_prompts, object_names
-from hf_robust.data.unlearning import forget_retain_overlap, read_muse, read_tofu, read_wmdp
+from hf_robust.data.unlearning import forget_retain_overlap, load_unlearning, read_muse, read_tofu, read_wmdp
 from hf_robust.data.user_tokens import suffix_token_mask, user_token_mask
 from hf_robust.data.xstest import read_xstest
 
@@ -25,6 +25,7 @@ __all__ = [
     "forget_retain_overlap",
     "load_preferences",
     "load_retain_prompts",
+    "load_unlearning",
     "load_utility",
     "object_names",
     "read_advbench",

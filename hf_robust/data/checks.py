@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,21 @@ def check_map_style(dataset: object, name: str = "adversarial_dataset") -> Datas
     if len(dataset) == 0:
         raise ValueError(f"`{name}` has 0 rows. {_FORMAT_HINT}")
     return dataset
+
+
+def is_of_the_machine(error: Exception) -> bool:
+    """
+    Whether an error is about memory, disk or device: no row explains it, and callers (`auto_find_batch_size`) know it by its
+    type.
+
+    Args:
+        error: while rows were read, prepared or made into a batch.
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    kinds = (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+    # Without memory on the CPU, torch raises a bare RuntimeError
+    return isinstance(error, kinds) or should_reduce_batch_size(error)
 
 
 def is_empty_answer(value: str | list[Any]) -> bool:

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 SUFFIXES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Columns besides the texts that TRL passes to the chat template.
 _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+# Of vision-language models, each with the placeholders in its row's messages
+_IMAGE_COLUMNS = ("images", "image")
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "messages")
 _SOURCE_HINT = "Give a Hub id, a folder, or a .csv, .json, .jsonl or .parquet file."
 _UTILITY_FORMATS = (("prompt", "completion"), ("messages",), ("text",))
@@ -258,8 +260,8 @@ def load_utility(
 
     Returns:
         A dataset with the columns `prompt` and `completion`, or `messages`, or `text` (the first of these that is
-        there), and, if present, `tools` and `chat_template_kwargs`; other columns are dropped. A column `response`
-        beside `prompt` is renamed to `completion`. In a CSV, messages are JSON text.
+        there), and, if present, `images` or `image`, `tools` and `chat_template_kwargs`; other columns are dropped. A column
+        `response` beside `prompt` is renamed to `completion`. In a CSV, messages are JSON text.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -277,12 +279,13 @@ def load_utility(
         adversarial = behavior_format(columns) or {"chosen", "rejected"} <= set(columns)
         hint = "These are adversarial rows, which belong in the adversarial dataset. " if adversarial else ""
         raise ValueError(f"{where} is no utility data; its columns are {columns}. {hint}{_UTILITY_HINT}")
-    dataset = _keep(dataset, columns, (*wanted, *_TEMPLATE_COLUMNS))
+    dataset = _keep(dataset, columns, (*wanted, *_IMAGE_COLUMNS, *_TEMPLATE_COLUMNS))
     if Path(source).suffix.lower() == ".csv":
         dataset = _decode_messages(dataset, wanted, where)
     first = _first(dataset, where)
     if isinstance(dataset, Dataset):
-        kinds = {_check_utility_row(row, index, wanted, where) for index, row in enumerate(dataset)}
+        texts = dataset.select_columns(list(wanted))  # decodes no image
+        kinds = {_check_utility_row(row, index, wanted, where) for index, row in enumerate(texts)}
         if len(kinds) > 1:
             raise ValueError(f"{where} has rows of text and rows of messages; all must be alike. {_UTILITY_HINT}")
         found = kinds.pop()

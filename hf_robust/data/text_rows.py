@@ -7,12 +7,14 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from hf_robust.data.checks import cell_kind
+from hf_robust.data.checks import cell_kind, is_of_the_machine
 
 _HINT = (
     "Give rows as `SFTTrainer` takes them: `prompt` and `completion`, both strings or both lists of "
     "{'role': ..., 'content': ...} messages; or `messages`; or `text`."
 )
+# How many rows are looked at behind an error
+_LOOKED_AT = 10_000
 # The columns of the kinds of rows that are not plain text
 _KINDS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt", "completion"), ("messages",))
 
@@ -39,10 +41,11 @@ def rows_explained(
     """
     Say which row was at fault if what runs inside fails on one.
 
-    Rows that can be tokenised cost nothing: only behind an error are they looked at one by one.
+    Rows that can be tokenised cost nothing: only behind an error are they looked at one by one, the first 10,000 of them. An
+    error about memory or a disk is about no row.
 
     Args:
-        dataset: the rows; streaming ones are not looked at.
+        dataset: the rows; streaming ones, and those that a transform makes, are not looked at.
         name: name of the argument, for the message.
         processing_class: tokenizer or processor whose chat template renders messages; `None`: they are not rendered.
         text_field: column of plain text.
@@ -53,15 +56,30 @@ def rows_explained(
     try:
         yield
     except Exception as error:
-        problem = _first_problem(dataset, name, processing_class, text_field) if isinstance(dataset, Dataset) else None
-        if problem is None:
+        # TRL says itself why it takes no transform
+        if is_of_the_machine(error) or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
             raise
-        raise ValueError(problem) from error
+        problem = _first_problem(dataset, name, processing_class, text_field)
+        if problem is not None:
+            raise ValueError(problem) from error
+        if len(dataset) > _LOOKED_AT:
+            error.add_note(f"None of the first {_LOOKED_AT} of {len(dataset)} rows of `{name}` explains it.")
+        raise
 
 
 def _first_problem(dataset: Dataset, name: str, processing_class: Any, text_field: str) -> str | None:
-    for index, row in enumerate(dataset.with_format(None)):
-        problem = _row_problem(row, f"row {index} of `{name}`", processing_class, text_field)
+    # At the top of the file it would load TRL with the package
+    from trl import is_conversational_from_value, maybe_convert_to_chatml
+
+    rows = dataset.with_format(None).select(range(min(len(dataset), _LOOKED_AT)))
+    shared = False
+    for index, row in enumerate(rows):
+        where = f"row {index} of `{name}`"
+        if index == 0 and "conversations" in row:  # the first row decides, as for TRL, which stumbles over an empty one
+            shared = not row["conversations"] or is_conversational_from_value(row)
+        if shared:
+            row, where = maybe_convert_to_chatml(row), f"{where} (its `conversations` read as `messages`)"
+        problem = _row_problem(row, where, processing_class, text_field)
         if problem is not None:
             return problem
     return None
@@ -98,7 +116,8 @@ def _row_problem(row: Mapping[str, Any], where: str, processing_class: Any, text
     for answer in [column for column in columns if column != "prompt"]:
         conversation = [*prompt, *row[answer]]
         try:
-            processing_class.apply_chat_template(conversation, tools=tools, tokenize=False)
+            kwargs = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+            processing_class.apply_chat_template(conversation, tokenize=False, **kwargs)
         except Exception as error:
             return (
                 f"`{answer}` of {where} cannot be put into the chat template ({type(error).__name__}: {error}): "

@@ -10,9 +10,12 @@ from datasets import Dataset
 
 from hf_robust.data.behaviors import PathLike
 from hf_robust.data.readers import SUFFIXES, _load
+from hf_robust.threats import check_choice
 
 logger = logging.getLogger(__name__)
 
+# Forms of files; `"auto"` tells them by the columns
+FORMATS = ("auto", "tofu", "muse", "wmdp")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _QUESTION_COLUMNS = ("question", "answer")
 _TOFU_EXTRAS = ("paraphrased_question", "paraphrased_answer", "perturbed_answer")
@@ -39,7 +42,10 @@ def read_tofu(path: PathLike, *, conversational: bool = True, argument: str = "p
         ValueError: for a file that cannot be read or has no row, missing columns (the message lists what there is), or an
             empty cell.
     """
-    dataset, where = _read(path, argument)
+    return _tofu(*_read(path, argument), conversational)
+
+
+def _tofu(dataset: Dataset, where: str, conversational: bool) -> Dataset:
     _check_columns(dataset, _QUESTION_COLUMNS, where, "TOFU")
     extras = [column for column in _TOFU_EXTRAS if column in dataset.column_names]
     rows = []
@@ -75,12 +81,13 @@ def read_muse(path: PathLike, *, conversational: bool = True, argument: str = "p
         FileNotFoundError: if the file is missing.
         ValueError: for a file that cannot be read or has no row, unknown columns, or an empty cell.
     """
-    dataset, where = _read(path, argument)
+    return _muse(*_read(path, argument), conversational)
+
+
+def _muse(dataset: Dataset, where: str, conversational: bool) -> Dataset:
     columns = set(dataset.column_names)
     if set(_QUESTION_COLUMNS) <= columns:
-        return read_tofu(path, conversational=conversational, argument=argument).select_columns(
-            ["prompt", "completion", *_QUESTION_COLUMNS]
-        )
+        return _tofu(dataset, where, conversational).select_columns(["prompt", "completion", *_QUESTION_COLUMNS])
     if {"prompt", "gt"} <= columns:
         rows = []
         for index, row in enumerate(dataset):
@@ -117,7 +124,10 @@ def read_wmdp(path: PathLike, *, conversational: bool = True, argument: str = "p
         ValueError: for a file that cannot be read or has no row, unknown columns, an empty cell, fewer than 2 choices, or an
             `answer` that is none of them.
     """
-    dataset, where = _read(path, argument)
+    return _wmdp(*_read(path, argument), conversational)
+
+
+def _wmdp(dataset: Dataset, where: str, conversational: bool) -> Dataset:
     if "text" in dataset.column_names and "choices" not in dataset.column_names:
         return _documents(dataset, where)
     _check_columns(dataset, _WMDP_COLUMNS, where, "WMDP")
@@ -149,6 +159,58 @@ def read_wmdp(path: PathLike, *, conversational: bool = True, argument: str = "p
             }
         )
     return Dataset.from_list(rows)
+
+
+_CONVERTERS = {"tofu": _tofu, "muse": _muse, "wmdp": _wmdp}
+
+
+def load_unlearning(
+    source: PathLike,
+    *,
+    split: str = "train",
+    name: str | None = None,
+    file_format: str = "auto",
+    conversational: bool = True,
+    argument: str = "source",
+) -> tuple[Dataset, str]:
+    """
+    Rows of TOFU, MUSE or WMDP, or whatever others there are.
+
+    Args:
+        source: a file as [`read_tofu`] and the others take it; or Hub id or folder.
+        split: split of a Hub dataset or a folder.
+        name: configuration of a Hub dataset, such as TOFU's `forget10`.
+        file_format: `"tofu"`, `"muse"` or `"wmdp"`; `"auto"` (default) tells them by the columns of the first row.
+        conversational: whether questions become messages, or stay plain text.
+        argument: what the user calls `source`, for error messages.
+
+    Returns:
+        The rows and their format: see [`read_tofu`], [`read_muse`] and [`read_wmdp`]; rows of none of these as they are, and
+        `"auto"`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: an unknown format, or what the readers raise.
+    """
+    check_choice("file_format", file_format, FORMATS)
+    where = f"`{argument}={str(source)!r}`"
+    if Path(source).expanduser().is_file():
+        dataset, where = _read(source, argument)
+    else:
+        dataset = _load(source, split, name, False, where)
+        if not len(dataset):
+            raise ValueError(f"{where} has no rows. Check `split={split!r}`.")
+    found = _told_format(set(dataset.column_names)) if file_format == "auto" else file_format
+    return (dataset, found) if found == "auto" else (_CONVERTERS[found](dataset, where, conversational), found)
+
+
+def _told_format(columns: set[str]) -> str:
+    """The public set that has such columns; `auto` for rows that are read as they are."""
+    if {"prompt", "gt"} <= columns or columns == {"text"}:
+        return "muse"
+    if "prompt" in columns or not set(_QUESTION_COLUMNS) <= columns:
+        return "auto"
+    return "wmdp" if "choices" in columns else "tofu"
 
 
 def forget_retain_overlap(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def wilson_interval(successes: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(successes: float, count: float, confidence: float = 0.95) -> tuple[float, float]:
     """
     Wilson score interval of a share (Wilson 1927): unlike the normal interval it stays within [0, 1] and does not collapse
     to a point at 0 or `count` successes.
@@ -13,7 +13,8 @@ def wilson_interval(successes: float, count: int, confidence: float = 0.95) -> t
     Args:
         successes: number of successes, between 0 and `count`. A sum of graded scores in [0, 1] is taken as it is, which
             makes the interval conservative: a graded score varies less than a yes-or-no one of the same mean.
-        count: number of trials, at least 1.
+        count: number of trials, at least 1; as many independent ones as they are worth, which need not be a whole number, if
+            they depend on each other.
         confidence: 0.90, 0.95 or 0.99.
 
     Returns:
@@ -34,6 +35,33 @@ def wilson_interval(successes: float, count: int, confidence: float = 0.95) -> t
     spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     scale = 1 + z * z / count
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def student_quantile(degrees: int) -> float:
+    """
+    The 0.975 quantile of Student's t distribution, for 95 % intervals of means.
+
+    Args:
+        degrees: of freedom, at least 1.
+
+    Returns:
+        Within 0.0002: from a table, and beyond it by the expansion about the normal quantile (Abramowitz & Stegun 26.7.5).
+
+    Raises:
+        ValueError: `degrees` below 1.
+    """
+    if degrees < 1:
+        raise ValueError(f"`degrees={degrees!r}` must be at least 1: one value has no spread.")
+    table = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+    if degrees <= len(table):
+        return table[degrees - 1]
+    z = 1.959963984540054
+    return (
+        z
+        + (z**3 + z) / (4 * degrees)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    )
 
 
 def share_of(

@@ -28,6 +28,7 @@ METRIC_NAMES = {
     "model_utility": "model utility",
     "membership_inference": "membership inference",
     "recovery": "recovery",
+    "above_oracle": "recalled above the oracle",
     "relearned": "recalled after relearning",
     "relearned_utility": "utility after relearning",
     "layer_probability": "probability of the answer",

@@ -54,8 +54,8 @@ class Relearning:
         method: `"full"` or `"lora"`, which a quantised base needs.
         share: part of the forget questions that is trained on; the others are measured. Questions of one `group` stay
             together.
-        source: `"forget"` or `"retain"`: what is trained on.
-        rows: other rows to train on, instead; none of those that are asked.
+        source: `"forget"` or `"retain"`: what is trained on; of the retain set as many rows, the first.
+        rows: other rows to train on, instead; none of those that are asked, nor of their `group`.
         batch_size: rows per step.
         seed: of the choice of rows and of their order.
 
@@ -120,20 +120,38 @@ class Relearning:
             retain: the retain set.
 
         Raises:
-            ValueError: `rows` holds questions that are asked afterwards.
+            ValueError: `rows` holds questions that are asked afterwards, or others of their `group`.
         """
         if self._rows is not None:
-            given = {_said(row) for row in self._rows}
-            both = [question.id for question in self.measured(forget) if _said(question) in given]
+            given, groups = {_said(row) for row in self._rows}, {_group(row) for row in self._rows}
+            both = [q.id for q in self.measured(forget) if _said(q) in given or group_of(q) in groups]
             if both:
                 raise ValueError(
-                    f"`rows` holds {len(both)} of the questions that are asked afterwards ({', '.join(both[:_SHOWN])}"
-                    f"{', …' if len(both) > _SHOWN else ''}): the attack would teach what it measures. Leave them out."
+                    f"`rows` holds {len(both)} of the questions that are asked afterwards, or others of their `group` "
+                    f"({', '.join(both[:_SHOWN])}{', …' if len(both) > _SHOWN else ''}): the attack would teach what it "
+                    "measures. Leave them out."
                 )
             return self._rows
         asked = {question.id for question in self.measured(forget)}
         rows = [question for question in forget if question.id not in asked]
         return rows if self.source == "forget" else list(retain)[: len(rows)]
+
+    def taught(self, forget: Sequence[Behavior], retain: Sequence[Behavior]) -> set[str]:
+        """
+        Ids of the retain questions that are trained on, or whose `group` is: what is said of utility leaves them out.
+
+        Args:
+            forget: all forget questions.
+            retain: the retain set.
+
+        Raises:
+            ValueError: see [`trained`].
+        """
+        rows = self.trained(forget, retain)
+        if self.source == "forget":
+            return set()
+        said, groups = {_said(row) for row in rows}, {_group(row) for row in rows}
+        return {q.id for q in retain if _said(q) in said or group_of(q) in groups}
 
     def change(
         self,
@@ -161,10 +179,14 @@ class Relearning:
             measure(changed)
             return {}
 
+        rows, whole = self.trained(forget, retain), len(forget) - len(self.measured(forget))
+        note = None
+        if len(rows) < whole:
+            note = f"{len(rows)} rows were trained on, where relearning of the forget set has {whole}"
         curves = relearn(
             model,
             tokenizer,
-            self.trained(forget, retain),
+            rows,
             steps=self.steps,
             learning_rates=self.learning_rates,
             method=self.method,
@@ -174,10 +196,17 @@ class Relearning:
             progress=False,
         )
         return [
-            Changed(point.step, curve.learning_rate, point.step * curve.batch_size)
+            Changed(point.step, curve.learning_rate, point.step * curve.batch_size, note)
             for curve in curves
             for point in curve.points
         ]
+
+
+def _group(row: Any) -> str | None:
+    """The `group` of a row that has one."""
+    given = row.metadata if isinstance(row, Behavior) else row
+    group = given.get("group") if isinstance(given, Mapping) else None
+    return None if group is None else str(group)
 
 
 def _said(row: Any) -> str:

@@ -19,6 +19,8 @@ from hf_robust.report.rebuild import precision_of
 from hf_robust.report.report import Measurement, Report, describe_environment
 from hf_robust.report.unlearning_attacks import forgetting_settings_of, not_run
 from hf_robust.report.unlearning_figures import (
+    Point,
+    above_oracle,
     attack_rates,
     changed_nothing,
     curve,
@@ -100,9 +102,10 @@ def evaluate_unlearning(
 
     Returns:
         The report. Of each model: `pre_attack_success_rate` (forget questions answered), `attack_success_rate` of each attack
-        and `attack_success_rate_any`, `utility` of each other list (under attacks on weights, too), `relearned` and
-        `relearned_utility` by step; `rouge`, `answer_probability`, `extraction_strength`, `truth_ratio`, `model_utility`,
-        `membership_inference`; with an oracle `forget_quality`. 95 % intervals are over groups where rows have a `group`.
+        and `attack_success_rate_any`, `recovery` and `above_oracle` of each, `utility` of each other list (under attacks on
+        weights, too), `relearned` and `relearned_utility` by step, both without what the attack trained on; `rouge`,
+        `answer_probability`, `extraction_strength`, `truth_ratio`, `model_utility`, `membership_inference`; with an oracle
+        `forget_quality`. 95 % intervals are over groups where rows have a `group`.
         `runs`: what the attacks on `model` spent. `flags`.
 
     Raises:
@@ -125,6 +128,12 @@ def evaluate_unlearning(
     models = {subject: model, "original": original, "oracle": oracle}
     given = {name: one for name, one in models.items() if one is not None}
     on_weights = {name: attack for name, attack in attacks.items() if changes_weights(attack)}
+    # Before a model runs: rows to train on that are asked afterwards are refused
+    taught = {
+        name: attack.taught(questions["forget"], questions["retain"])
+        for name, attack in on_weights.items()
+        if hasattr(attack, "taught")
+    }
     probes = {name: attack for name, attack in attacks.items() if looks_inside(attack)}
     on_prompts = {name: attack for name, attack in attacks.items() if name not in {**on_weights, **probes}}
     settings = {name: forgetting_settings_of(attack) for name, attack in attacks.items()}
@@ -202,7 +211,7 @@ def evaluate_unlearning(
         attacks=settings,
         not_run=not_run(attacks),
         data=data,
-        measurements=_measure(list(given), questions, rows, on_prompts, on_weights, probes),
+        measurements=_measure(list(given), questions, rows, on_prompts, on_weights, probes, taught),
         costs={f"seconds: {stage.lstrip('_')}": round(value, 3) for stage, value in seconds.items()},
         environment=describe_environment(),
         runs=[
@@ -341,19 +350,25 @@ def _measure(
     on_prompts: Mapping[str, Any],
     on_weights: Mapping[str, Any],
     probes: Mapping[str, Any],
+    taught: Mapping[str, set[str]],
 ) -> list[Measurement]:
     found: list[Measurement] = []
     # Of questions that ask for the same thing one: a test over all would take them for independent
     first = set({group_of(question): question.id for question in reversed(questions["forget"])}.values())
     groups = {name: {question.id: group_of(question) for question in listed} for name, listed in questions.items()}
     alone = {one: [row for row in rows[one, "forget"] if row["id"] in first] for one in subjects}
+    all_changed, all_prompted = dict[str, dict[str, list[Point]]](), dict[str, dict[str, list[Row]]]()
     for one in subjects:
-        every = {name: points_of(rows.get((one, name), [])) for name in on_weights}
-        changed = {name: points for name, points in every.items() if points}
-        prompted = {name: rows[one, name] for name in on_prompts if (one, name) in rows}
+        every = {name: points_of(rows.get((one, name), []), taught.get(name, ())) for name in on_weights}
+        all_changed[one] = {name: points for name, points in every.items() if points}
+        all_prompted[one] = {name: rows[one, name] for name in on_prompts if (one, name) in rows}
+    for one in subjects:
+        changed, prompted = all_changed[one], all_prompted[one]
         found += attack_rates(one, questions["forget"], rows[one, "forget"], prompted, changed)
         if "original" in subjects and one != "original":
             found += recoveries(one, rows[one, "forget"], rows["original", "forget"], prompted, changed)
+        if "oracle" in subjects and one != "oracle":
+            found += above_oracle(one, prompted, changed, all_prompted["oracle"], all_changed["oracle"])
         kept = {name: rows[one, name] for name in questions if name not in ("forget", "holdout")}
         for name, listed in {"forget": rows[one, "forget"], **kept}.items():
             found += known(one, name, listed, groups[name])

@@ -1,19 +1,21 @@
 """
 From records of an unlearning evaluation to figures: pure functions over rows.
 
-Phrasings of one fact (rows of one `group`) stand or fall together, so no more of them are taken for independent than there are
-groups: Wilson's interval of a share counts groups instead of questions, that of a mean is cluster-robust. Values and `count`
-are over questions all the same.
+Phrasings of one fact (rows of one `group`) stand or fall together. Wilson's interval of a share over n questions, m of them in
+a group, therefore takes n² / Σm² trials for independent (Kish's effective sample size): as many as there are groups if all are
+of one size, fewer otherwise, down to 1 as one group outweighs the rest. That of a mean is cluster-robust, with Student's
+quantile for the number of groups. Values and `count` are over questions all the same.
 """
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from hf_robust.data.behavior import Behavior
 from hf_robust.metrics import unlearning as metrics
-from hf_robust.metrics.proportions import wilson_interval
+from hf_robust.metrics.proportions import student_quantile, wilson_interval
 from hf_robust.report.evaluation_figures import problem, share, success_rates
 from hf_robust.report.evaluation_records import Row
 from hf_robust.report.report import AttackSummary, Measurement
@@ -44,7 +46,7 @@ class Point:
         learning_rate: of fine-tuning; `None` likewise.
         trained_rows: rows forward and backward of the training.
         forget: whether each forget question was answered; those that the attack trained on are not among them.
-        retain: whether each retain question was answered.
+        retain: whether each retain question was answered; likewise.
     """
 
     steps: int | None
@@ -59,20 +61,23 @@ class Point:
         return sum(self.forget.values()) / len(self.forget)
 
 
-def points_of(rows: Sequence[Row]) -> list[Point]:
+def points_of(rows: Sequence[Row], taught: Iterable[str] = ()) -> list[Point]:
     """
     The changed models of an attack on weights, from its records.
 
     Args:
         rows: one for each question, with `set` (`"forget"` or `"retain"`), `question` and `points`.
+        taught: ids of the retain questions that the attack trained on.
     """
+    left_out = {("retain", question) for question in taught}
+    asked = [row for row in rows if (row["set"], row["question"]) not in left_out]
     return [
         Point(
             first["steps"],
             first["learning_rate"],
             first["trained_rows"],
             **{
-                name: {row["question"]: row["points"][place]["success"] for row in rows if row["set"] == name}
+                name: {row["question"]: row["points"][place]["success"] for row in asked if row["set"] == name}
                 for name in ("forget", "retain")
             },
         )
@@ -112,7 +117,7 @@ def changed_nothing(rows: Sequence[Row], plain: Sequence[Row]) -> bool:
 def known(subject: str, name: str, rows: Sequence[Row], groups: Mapping[str, str] | None = None) -> list[Measurement]:
     """
     Figures of one list of questions, without attack: the share answered (`pre_attack_success_rate` of the forget set, else
-    `utility`), and means of the scores with normal 95 % intervals, those of shares and probabilities within [0, 1].
+    `utility`), and means of the scores with 95 % intervals, those of shares and probabilities within [0, 1].
 
     Args:
         subject: what the report calls the model.
@@ -139,7 +144,7 @@ def mean_interval(
     values: Sequence[float], groups: Sequence[str] | None = None, *, most: float = math.inf
 ) -> tuple[float, float | None, float | None]:
     """
-    Mean with the ends of its normal 95 % interval; `None` for the latter with one group.
+    Mean with the ends of its 95 % interval (Student's t); `None` for the latter with one group.
 
     Args:
         values: at least one, none negative.
@@ -155,7 +160,7 @@ def mean_interval(
     if len(parts) < 2:
         return mean, None, None
     spread = math.fsum(math.fsum(part) ** 2 for part in parts.values()) * len(parts) / (len(parts) - 1)
-    half = 1.96 * math.sqrt(spread) / len(values)
+    half = student_quantile(len(parts) - 1) * math.sqrt(spread) / len(values)
     return mean, max(0.0, mean - half), min(most, mean + half)
 
 
@@ -168,10 +173,11 @@ def _over_groups(
     counted: Callable[[Measurement], Iterable[str]],
     groups: Mapping[str, str] | None,
 ) -> list[Measurement]:
-    """Shares with the intervals of as many trials as there are groups among the questions (ids) that each is over."""
+    """Shares with the intervals of as many trials as the questions (ids) that each is over are worth."""
     found = []
     for m in measurements:
-        count = len(set(_groups(counted(m), groups)))
+        sizes = Counter(_groups(counted(m), groups)).values()
+        count = sum(sizes) ** 2 / sum(size**2 for size in sizes)
         low, high = wilson_interval(m.value * count, count)
         found.append(dataclasses.replace(m, low=low, high=high))
     return found
@@ -234,13 +240,8 @@ def recoveries(
         prompted: see [`attack_rates`].
         changed: see [`attack_rates`].
     """
-    answers = {
-        name: {row["id"]: bool(row["verdict"]["success"]) for row in rows if problem(row) is None}
-        for name, rows in prompted.items()
-    }
-    answers |= {name: strongest(points).forget for name, points in changed.items()}
     found = []
-    for name, after in answers.items():
+    for name, after in _answers(prompted, changed).items():
         without, most = (
             [float(row["verdict"]["success"]) for row in rows if row["id"] in after and problem(row) is None]
             for rows in (before, ceiling)
@@ -253,6 +254,44 @@ def recoveries(
                     Measurement.scalar(subject, "recovery", "all", name, value, len(after), "of the forgotten")
                 )
     return found
+
+
+def above_oracle(
+    subject: str,
+    prompted: Mapping[str, Sequence[Row]],
+    changed: Mapping[str, Sequence[Point]],
+    oracle_prompted: Mapping[str, Sequence[Row]],
+    oracle_changed: Mapping[str, Sequence[Point]],
+) -> list[Measurement]:
+    """
+    `above_oracle` under each attack: the share of the forget questions answered, less the oracle's under the same attack: what
+    it brings out beyond what it teaches. Without an interval, as the two are asked the same questions.
+
+    Args:
+        subject: what the report calls the model.
+        prompted: see [`attack_rates`].
+        changed: see [`attack_rates`].
+        oracle_prompted: the same of the oracle.
+        oracle_changed: the same of the oracle.
+    """
+    floor, found = _answers(oracle_prompted, oracle_changed), []
+    for name, after in _answers(prompted, changed).items():
+        both = after.keys() & floor.get(name, {}).keys()
+        if both:
+            value = math.fsum(after[question] - floor[name][question] for question in both) / len(both)
+            found.append(Measurement.scalar(subject, "above_oracle", "all", name, value, len(both), "of all"))
+    return found
+
+
+def _answers(
+    prompted: Mapping[str, Sequence[Row]], changed: Mapping[str, Sequence[Point]]
+) -> dict[str, dict[str, bool]]:
+    """Which forget questions were answered under each attack, of those that it was measured on."""
+    found = {
+        name: {row["id"]: bool(row["verdict"]["success"]) for row in rows if problem(row) is None}
+        for name, rows in prompted.items()
+    }
+    return found | {name: strongest(points).forget for name, points in changed.items()}
 
 
 def _row(success: bool | None) -> Row:
@@ -319,7 +358,7 @@ def step_of(measurement: Measurement) -> int:
 
 def layers(subject: str, name: str, rows: Sequence[Row], groups: Mapping[str, str] | None = None) -> list[Measurement]:
     """
-    `layer_probability`: how probable the forgotten answers are after each layer, means over questions with normal 95 %
+    `layer_probability`: how probable the forgotten answers are after each layer, means over questions with 95 %
     intervals.
 
     Args:

@@ -142,7 +142,9 @@ def _curves(report: Report) -> Any:
         grid[1, column].set_xlabel("steps of fine-tuning", fontsize=8)
     grid[0, 0].set_ylabel("forget questions answered", fontsize=8)
     grid[1, 0].set_ylabel("retain questions answered", fontsize=8)
-    figure.suptitle(f"{_short(report.title, 90)}: relearning, questions not trained on, 95 % intervals", fontsize=10)
+    figure.suptitle(
+        f"{_short(report.title, 90)}: relearning, questions it did not train on, 95 % intervals", fontsize=10
+    )
     _legend(figure, report, subjects)
     return figure
 

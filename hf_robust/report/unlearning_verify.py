@@ -18,8 +18,8 @@ class UnlearningPlan(Plan):
     """
     Attacks, judge and questions rebuilt from the claims of an unlearning evaluation: those about the model alone.
 
-    What compares with a retain-only model or with the original (forget quality, recovery) is not checked, nor what has no
-    interval.
+    What compares with a retain-only model or with the original (forget quality, recovery, what is above the oracle) is not
+    checked, nor what has no interval.
     """
 
     shared = ("judge", "max_new_tokens", "batch_size")

@@ -3,8 +3,9 @@ A step of each unlearning loss against its bare forwards and backwards, and the 
 
 Bare: the forget rows' and, where the loss has them, the retain rows' forward and backward, and the forwards of the model before
 training that they are compared with; logits at label positions (for hidden states none but one) and cross-entropy (a mean
-square). The same weights are trained in both. SAM adds one forward and backward of the forget rows; what it holds on top of the
-plain step's peak is counted in copies of the trained parameters.
+square), of the model before training for NPO alone, which compares with nothing but likelihoods. The same weights are trained
+in both. SAM adds one forward and backward of the forget rows; what it holds on top of the plain step's peak is counted in
+copies of the trained parameters.
 
     python tests/benchmarks/bench_unlearn.py --device cpu --threads 2
 """
@@ -89,19 +90,23 @@ def bare_of(trainer: UnlearnTrainer, batch: dict[str, torch.Tensor], device: str
     if config.retain_weight:
         parts.append((config.retain_type == "activation", config.retain_reference))
 
-    def loss(module: Any, states: bool) -> torch.Tensor:
+    def outputs(module: Any, states: bool) -> torch.Tensor:
         if not states:
-            return torch.nn.functional.cross_entropy(label_logits(module, index, **inputs), index.targets)
+            return label_logits(module, index, **inputs)
         with record_hidden_states(module, layers=[config.activation_layer]) as found:
             label_logits(module, single, **inputs)
-        return found[0].float().pow(2).mean()
+        return found[0]
+
+    def loss(module: Any, states: bool) -> torch.Tensor:
+        found = outputs(module, states)
+        return found.float().pow(2).mean() if states else torch.nn.functional.cross_entropy(found, index.targets)
 
     def bare() -> None:
         for states, compares in parts:
             with precision:
                 if compares:
                     with torch.no_grad():
-                        loss(reference, states)
+                        (loss if config.loss_type == "npo" else outputs)(reference, states)
                 value = loss(model, states)
             value.backward()
         model.zero_grad(set_to_none=True)

@@ -143,8 +143,12 @@ SUBJECTS: dict[str, Subject] = {
             "loss_type": list(FORGET_LOSSES), "retain_type": list(RETAIN_LOSSES), "robust": list(ROBUST_FORMS),
             "activation_layer": [0, 1, -1, 2, 7], "latent_layer": [0, 1, -1, 7],
             "rmu_weights": [["down_proj"], ["model"], ["lm_head"], [""], [3], "down_proj"],
+            # Defaults: other values are refused but with the loss or form that reads them
+            "sam_rho": [0.01], "smooth_rho": [1e-4], "smooth_samples": [3], "latent_epsilon": [2.0], "latent_steps": [16],
+            "attack_epsilon": [0.05], "attack_steps": [10], "simnpo_delta": [0.0], "ce_u_skip_tokens": [0],
+            "rmu_coefficient": [2.0],
         },
-        {**_LANGUAGE, "latent_steps": 2, "attack_steps": 2},
+        _LANGUAGE,
     ),
     "images": Subject(
         adversarial_trainer, tiny_classifier, {"train_dataset": lambda: image_rows(4)},

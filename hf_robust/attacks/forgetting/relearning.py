@@ -231,7 +231,7 @@ def trainable_copy(model: nn.Module, method: str, *, rank: int, seed: int) -> tu
     for module in trained.modules():
         function: Any = getattr(module, "_gradient_checkpointing_func", None)
         if getattr(function, "keywords", {}).get("use_reentrant"):  # gives a new adapter no gradient
-            module._gradient_checkpointing_func = functools.partial(function.func, use_reentrant=False)
+            module._gradient_checkpointing_func = functools.partial(function, use_reentrant=False)
     if method == "full":
         if not all(parameter.is_floating_point() for parameter in trained.parameters()):
             raise ValueError("`method='full'` cannot train the whole numbers of a quantised base: use `method='lora'`.")
