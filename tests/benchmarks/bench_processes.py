@@ -5,7 +5,7 @@ Every process takes the same number of rows, so that two do twice the work: a st
 exchange. On a CPU two processes also share cores and memory bandwidth, and gloo is no NCCL: the figures there show what is
 split, not how fast GPUs would be.
 
-    python tests/benchmarks/bench_processes.py --strategies ddp fsdp2 --batch 2 --length 64 --steps 4
+    python tests/benchmarks/bench_processes.py --strategies ddp fsdp2 --batch 3 --length 64 --steps 4
     python tests/benchmarks/bench_processes.py --device cuda --model-config 1b --dtype bfloat16    # two GPUs, NCCL
 """
 
@@ -28,7 +28,7 @@ PROCESSES = (1, 2)
 
 
 def build_trainer(args: argparse.Namespace, folder: str, steps: int) -> Any:
-    """CAT on random weights: an adversarial row for seven utility rows, prompts and answers of half a row each."""
+    """CAT on random weights: an adversarial row for three utility rows, prompts and answers of half a row each."""
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -46,7 +46,7 @@ def build_trainer(args: argparse.Namespace, folder: str, steps: int) -> Any:
         CATConfig(
             folder,
             attack_steps=args.attack_steps,
-            adversarial_fraction=1 / 8,
+            adversarial_fraction=0.25,  # a row for three utility rows, on every process and at every step
             max_steps=steps,
             per_device_train_batch_size=args.batch,
             use_cpu=on_cpu,
@@ -136,12 +136,14 @@ def start(args: argparse.Namespace, strategy: str, processes: int) -> dict[str, 
 
 def main() -> None:
     parser = common.parser(__doc__.strip().splitlines()[0])
-    parser.set_defaults(batch=2, length=64, steps=4)
+    parser.set_defaults(batch=3, length=64, steps=4)
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2"], help="ddp, zero2, zero3, fsdp2")
     parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16 instead of all weights")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.batch % 3:
+        parser.error(f"--batch {args.batch}: a multiple of 3, so that every process has an adversarial row at every step")
     if args.worker:
         measure(args)
         return

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-# Largest difference of a weight. In bfloat16 the gradients of three steps differ in their third digit.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+# Largest difference of a weight; in bfloat16, where the gradients of three steps differ in their second or third digit, as a
+# share of the largest change that training made to a weight
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.2}
 # Rows of an optimizer step
 ROWS = 8
 PROCESSES = 2
@@ -223,13 +224,14 @@ def launch(
         return found
 
 
-def compare(alone: dict[str, Any], ranks: list[dict[str, Any]], strategy: str) -> float:
+def compare(alone: dict[str, Any], ranks: list[dict[str, Any]], strategy: str, *, precision: str = "float32") -> float:
     """
-    Largest difference of a weight between one process and two.
+    Largest difference of a weight between one process and two, in the unit of `TOLERANCE`.
 
     Raises:
         AssertionError: an error in a process, another strategy than was asked for, weights that are not split where they
-            should be, or processes that differ in their weights or in the number of their forwards.
+            should be, processes that differ in their weights or in the number of their forwards, or a training that hardly
+            moves any weight, which would be equal to anything.
     """
     for found in (alone, *ranks):
         assert "error" not in found, found["error"]
@@ -246,7 +248,9 @@ def compare(alone: dict[str, Any], ranks: list[dict[str, Any]], strategy: str) -
     assert alone["weights"].keys() == first["weights"].keys()
     for name, weight in first["weights"].items():
         assert torch.equal(weight, second["weights"][name]), name
-    return max((weight - alone["weights"][name]).abs().max().item() for name, weight in first["weights"].items())
+    assert alone["moved"] > 100 * TOLERANCE["float32"], alone["moved"]
+    difference = max((weight - alone["weights"][name]).abs().max().item() for name, weight in first["weights"].items())
+    return difference if precision == "float32" else difference / alone["moved"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -270,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for strategy in given.strategies:
         for (_, cell), ranks in launch(given.cells, [strategy], **how).items():
             try:
-                difference = compare(alone["alone", cell][0], ranks, strategy)
+                difference = compare(alone["alone", cell][0], ranks, strategy, precision=given.precision)
                 result = f"{difference:.1e}" + ("" if difference < TOLERANCE[given.precision] else " **too large**")
                 failed += difference >= TOLERANCE[given.precision]
             except AssertionError as error:

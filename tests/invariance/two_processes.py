@@ -3,6 +3,7 @@ Trainings whose weights must not depend on the number of processes. Imported for
 `torchrun --nproc_per_node 2 two_processes.py FOLDER`, which leaves `FOLDER/weights.pt`.
 """
 
+import dataclasses
 import sys
 import tempfile
 from collections.abc import Callable
@@ -102,6 +103,13 @@ def _classifier(name: str = "vit", model: Any = None, **args: Any) -> Any:
     return build
 
 
+def _smart(folder: str, batch: int) -> Any:
+    """SMART from a start that is not 1e-5: the gradient of so small a divergence is the rounding of its batch."""
+    trainer = _classifier("bert", loss_type="smart", proximal_weight=1.0)(folder, batch)
+    trainer._search = dataclasses.replace(trainer._search, start_scale=0.05)
+    return trainer
+
+
 def _clip(**args: Any) -> Any:
     return lambda folder, batch: clip_trainer(tiny_clip(), folder, per_device_train_batch_size=batch, **args)
 
@@ -170,8 +178,7 @@ CELLS: dict[str, Callable[[str, int], Any]] = {
     "classifier-free": _classifier(loss_type="free_at"),
     "classifier-grad-align": _classifier(model={"attn_implementation": "eager"}, loss_type="grad_align"),
     "classifier-freelb": _classifier("bert", loss_type="freelb"),
-    # A gradient of so small a divergence holds the rounding of the batch it was computed in: the fewer of it, the better
-    "classifier-smart": _classifier("bert", loss_type="smart", proximal_weight=1.0, learning_rate=5e-3),
+    "classifier-smart": _smart,
     "classifier-vat": _classifier(loss_type="vat", vat_xi=1.0),
     "classifier-fast": _classifier(loss_type="fast_at", collapse_threshold=1.0),
     "classifier-n-fgsm": _classifier(loss_type="n_fgsm", norm="l1", epsilon=3.0, collapse_guard=False),
@@ -237,8 +244,11 @@ def measured(trainer: Any) -> dict[str, Any]:
     model = trainer.model
     entered = model.unet if hasattr(model, "unet") else model.get_input_embeddings()
     entered.register_forward_pre_hook(lambda module, args: calls.append(None))
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    weights = train(trainer)
     return {
-        "weights": train(trainer),
+        "weights": weights,
+        "moved": max((weights[name] - start[name]).abs().max().item() for name in weights.keys() & start.keys()),
         "logged": [{k: e[k] for k in _LOGGED if k in e} for e in trainer.state.log_history],
         "operations": trainer.state.total_flos,
         "num_processes": trainer.accelerator.num_processes,
