@@ -5,11 +5,13 @@ import logging
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType
 from datasets import ClassLabel, Dataset
 from PIL import Image
 from safetensors.torch import load_file
@@ -29,6 +31,7 @@ from hf_robust.cli import main
 from hf_robust.objectives.adversarial_training import mart_loss, trades_loss
 from hf_robust.sites import EmbeddingSite
 from hf_robust.trainers import adversarial_evaluation
+from hf_robust.trainers.adversarial_checks import check_parallelism
 from hf_robust.trainers.adversarial_inputs import ImageInputs
 from hf_robust.trainers.adversarial_proximal import MomentumBregman
 from hf_robust.trainers.adversarial_recipes import LOSS_TYPES, RECIPES
@@ -762,6 +765,26 @@ def test_smart_warns_of_half_precision(tmp_path: Path, caplog: pytest.LogCapture
 
 
 # ---- Errors before training ----
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        ({"loss_type": "free_at", "num_replays": 2}, "loss_type='free_at'"),
+        ({"loss_type": "freelb"}, "loss_type='freelb'"),
+        ({"loss_type": "grad_align"}, "loss_type='grad_align'"),
+        ({"loss_type": "smart", "proximal_weight": 1.0}, "proximal_weight=1.0"),
+    ],
+)
+def test_gradients_and_copies_that_split_weights_do_not_give(
+    args: dict[str, Any], part: str, kind: str, tmp_path: Path
+):
+    config = AdversarialConfig(str(tmp_path), use_cpu=True, bf16=False, epsilon=0.1, **args)
+    accelerator: Any = SimpleNamespace(distributed_type=DistributedType[kind])
+    with refused(part, kind, "DDP"):
+        check_parallelism(accelerator, config)
+    check_parallelism(SimpleNamespace(distributed_type=DistributedType.MULTI_GPU), config)  # type: ignore[arg-type]
 
 
 def test_several_devices_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -552,3 +552,9 @@ def test_the_example_says_what_is_published():
     assert differs - written_out == {"concepts", "retain_exclude_words", "retain_weight", "logging_steps"}
     assert args.build_attack().step_size == default.build_attack().step_size
     assert args.bank_size(False) == default.bank_size(False)
+
+
+def test_a_split_unet_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("hf_robust.trainers.advunlearn.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="splits the UNet.*Use DDP"):
+        advunlearn_trainer(tmp_path)
