@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,9 +18,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_robust.trainers.checkpoints import RECORD, check_writable, newest_whole, problem_of, saving
+from hf_robust.trainers.checkpoints import (
+    RECORD,
+    check_writable,
+    checkpoint_to_resume,
+    newest_whole,
+    problem_of,
+    saving,
+    write_record,
+)
 from tests.helpers import tiny_model
-from tests.trainer_data import capo_trainer, cat_trainer, lora, max_difference, noisefit_trainer, train
+from tests.trainer_data import (
+    adversarial_rows,
+    capo_trainer,
+    cat_trainer,
+    lora,
+    max_difference,
+    noisefit_trainer,
+    train,
+    utility_rows,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -112,6 +130,32 @@ def test_a_missing_file(copy: Path):
         resumed(copy, str(copy / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapters/unet/adapter_model.bin", "part/pytorch_model.bin"])
+def test_pickled_weights_are_refused_wherever_they_lie(name: str, copy: Path):
+    """Diffusion loads `adapters/<part>`, and PEFT falls back to the pickle there."""
+    path = copy / "checkpoint-3" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    assert problem_of(copy / "checkpoint-3") == f"it holds pickled weights ({name}), which are not read"
+    assert newest_whole(copy) == copy / "checkpoint-2"
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_every_file_of_a_sharded_checkpoint_counts(name: str, tmp_path: Path):
+    """Of a distributed checkpoint of torch, as FSDP writes it, also the table of contents."""
+    part = tmp_path / "optimizer_0"
+    part.mkdir()
+    (tmp_path / "trainer_state.json").write_text("{}")
+    for written in (".metadata", "__0_0.distcp"):
+        (part / written).write_bytes(bytes(100))
+    write_record(tmp_path, {})
+    assert problem_of(tmp_path) is None
+    cut(part / name)
+    assert problem_of(tmp_path) == f"optimizer_0/{name} has 93 of 100 bytes"
+    (part / name).unlink()
+    assert problem_of(tmp_path) == f"it lacks optimizer_0/{name}"
+
+
 def test_no_checkpoint(tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"`resume_from_checkpoint=True`: there is no whole checkpoint in `output_dir="
@@ -153,6 +197,58 @@ def test_other_settings_are_refused_field_by_field(changes: dict[str, Any], said
     # Only what differs is named
     assert str(error.value).count(" now)") == len(changes)
     assert same(trainer.model.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("warmup_steps", 2),
+        ("lr_scheduler_kwargs", {"num_cycles": 2}),
+        ("adam_beta1", 0.8),
+        ("adam_beta2", 0.9),
+        ("adam_epsilon", 1e-6),
+        ("optim_args", "a=1"),
+        ("label_smoothing_factor", 0.1),
+        ("data_seed", 3),
+        ("neftune_noise_alpha", 5.0),
+        ("packing", True),
+        ("completion_only_loss", True),
+        ("assistant_only_loss", True),
+        ("truncation_mode", "keep_end"),
+        ("train_sampling_strategy", "sequential"),
+        ("average_tokens_across_devices", False),
+        ("rows of train_dataset", 4),
+        ("rows of adversarial_dataset", 5),
+    ],
+)
+def test_what_the_card_leaves_out_is_compared_too(name: str, value: Any, run: tuple[Path, Any], copy: Path):
+    given: dict[str, Any] = {}
+    if name == "rows of train_dataset":
+        given["train_dataset"] = utility_rows().select(range(value))
+    elif name == "rows of adversarial_dataset":
+        given["adversarial_dataset"] = adversarial_rows().select(range(value))
+    trainer = cat_trainer(tiny_model(), copy, given, **SAVES)
+    if not given:
+        setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match="of a run with other settings") as error:
+        train(trainer, resume_from_checkpoint=True)
+    assert str(error.value).count(" now)") == 1
+    assert re.search(rf"settings: {name}\b.* before, .* now\)\. A resumed run", str(error.value))
+    # A checkpoint of an older version does not tell it
+    record = json.loads((copy / "checkpoint-3" / RECORD).read_text())
+    del record["settings"][name]
+    (copy / "checkpoint-3" / RECORD).write_text(json.dumps(record))
+    assert checkpoint_to_resume(True, copy, trainer._run_settings()) == str(copy / "checkpoint-3")
+
+
+def test_dropout_of_the_adapter_and_smoothed_preferences_are_compared(tmp_path: Path):
+    train(capo_trainer(tiny_model(), tmp_path, {"peft_config": lora()}, **{**SAVES, "max_steps": 1}))
+    other = {"peft_config": lora(lora_dropout=0.1)}
+    trainer = capo_trainer(tiny_model(), tmp_path, other, **{**SAVES, "label_smoothing": 0.1})
+    with pytest.raises(
+        ValueError, match=r"label_smoothing \(0.0 before, 0.1 now\); lora_dropout \(0.0 before, 0.1 now\)\."
+    ):
+        train(trainer, resume_from_checkpoint=True)
 
 
 def test_settings_that_change_no_step_may_differ(run: tuple[Path, Any], tmp_path: Path):
@@ -204,6 +300,43 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(size: int, run: tuple[Path
     assert not (tmp_path / "checkpoint-2").exists()
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "checkpoint-1").iterdir() if path.is_file()}
     assert same(resumed(tmp_path, True), run[1])
+
+
+def test_a_full_disk_does_not_take_an_earlier_run_along(run: tuple[Path, Any], copy: Path):
+    """A run begun anew in the same folder replaces a checkpoint only once its own is whole."""
+    before = (copy / "checkpoint-1" / "model.safetensors").read_bytes()
+    with no_file_larger_than(1_000):
+        with pytest.raises(OSError, match=r"(?s)checkpoint-1 could not be written .*last whole .*checkpoint-3'"):
+            train(cat_trainer(tiny_model(), copy, **SAVES))
+    assert sorted(path.name for path in copy.glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert problem_of(copy / "checkpoint-1") is None
+    assert (copy / "checkpoint-1" / "model.safetensors").read_bytes() == before
+    assert same(resumed(copy, str(copy / "checkpoint-1")), run[1])
+    # And with room again, nothing is left of the older one
+    train(cat_trainer(tiny_model(), copy, **{**SAVES, "learning_rate": 0.2}))
+    assert sorted(path.name for path in copy.glob("*checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert (copy / "checkpoint-1" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("written", [[], ["model.safetensors"], ["model.safetensors", "trainer_state.json"]])
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_older(written: list[str], copy: Path):
+    """Nothing cleans up behind SIGKILL: up to the record the older is found, and the next success removes it."""
+    folder = copy / "checkpoint-3"
+
+    class Killed(BaseException):
+        pass
+
+    with pytest.raises(Killed), saving(folder, cleans_up=True):
+        folder.mkdir()
+        for name in written:
+            shutil.copy(copy / "checkpoint-2" / name, folder)
+        raise Killed
+    aside = newest_whole(copy)
+    assert aside is not None and aside != folder and (aside / "rng_state.pth").is_file()
+    assert json.loads((aside / "trainer_state.json").read_text())["global_step"] == 3
+    with saving(folder, cleans_up=True):
+        shutil.copytree(copy / "checkpoint-2", folder, dirs_exist_ok=True)
+    assert newest_whole(copy) == folder and not aside.exists()
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json"])

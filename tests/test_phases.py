@@ -1,12 +1,13 @@
 """`profile=True`: shares of time, on every trainer."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from hf_robust.trainers.phases import PHASES, Phases
+from hf_robust.trainers.phases import PHASES, Phases, watched
 from tests.helpers import tiny_model
 from tests.trainer_data import capo_trainer, cat_trainer, logged, noisefit_trainer, train
 
@@ -72,6 +73,18 @@ def test_trainers_log_the_shares(make: Any, tmp_path: Path):
     assert all(torch.equal(found[name], plain[name]) for name in plain)
     assert not {"compute_loss", "training_step", "get_batch_samples"} & vars(trainer).keys()
     assert "backward" not in vars(trainer.accelerator)
+
+
+def test_a_method_that_the_user_put_on_the_trainer_stays(tmp_path: Path):
+    """Also one without a name, and where training ends in an error."""
+    trainer = cat_trainer(tiny_model(), tmp_path, profile=True, max_steps=1)
+    own = trainer.compute_loss = functools.partial(trainer.compute_loss)
+    train(trainer)
+    assert trainer.compute_loss is own and logged(trainer, "profile/forward")[0] > 0
+    with pytest.raises(RuntimeError, match="broken off"), watched(trainer):
+        assert trainer.compute_loss is not own
+        raise RuntimeError("broken off")
+    assert trainer.compute_loss is own and "training_step" not in vars(trainer)
 
 
 def _others(name: str, folder: Path) -> Any:

@@ -32,7 +32,7 @@ from hf_robust import (
 from hf_robust.attacks.results import AttackResult
 from hf_robust.cli import main as command
 from hf_robust.data.behavior import Behavior
-from hf_robust.data.redaction import without_tokens
+from hf_robust.data.redaction import redacted, without_tokens
 from hf_robust.report import Report, evaluate_robustness
 from hf_robust.report.claims import ModelFiles, read_claims
 from hf_robust.report.diffusion_records import Pictures
@@ -376,7 +376,32 @@ def test_no_configuration_is_saved_with_its_token(config: Any, tmp_path: Path):
     assert TOKEN.encode() not in (tmp_path / "training_args.bin").read_bytes()
     assert TOKEN.encode() not in pickle.dumps(args)
     assert TOKEN not in str(args) and TOKEN not in args.to_json_string()
+    assert TOKEN not in repr(args)
     assert args.hub_token == TOKEN
+
+
+_WITH_MAPPINGS = [config for config in _CONFIGS if "model_init_kwargs" in config.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("config", _WITH_MAPPINGS)
+def test_no_configuration_is_saved_or_shown_with_the_tokens_of_its_mappings(config: Any, tmp_path: Path):
+    proxies, headers = {"https": "http://user:pass-word@proxy:1"}, {"Authorization": f"Bearer {TOKEN}"}
+    loading = {"token": TOKEN, "revision": "main", "proxies": proxies, "headers": headers}
+    words = {"eos_token": "the end"} if "eos_token" in config.__dataclass_fields__ else {}
+    args = config(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", model_init_kwargs=loading,
+        **words,
+    )  # fmt: skip
+    saved = pickle.dumps(args)
+    for text in (saved.decode("latin-1"), str(args), repr(args), args.to_json_string(), str(args.to_sanitized_dict())):
+        assert TOKEN not in text and "pass-word" not in text and "proxy:1" in text
+    again = pickle.loads(saved)
+    assert again.model_init_kwargs["token"] is None and again.model_init_kwargs["revision"] == "main"
+    assert all(getattr(again, name) == word for name, word in words.items())
+    assert again.save_strategy is args.save_strategy
+    assert args.to_dict()["model_init_kwargs"] == again.model_init_kwargs
+    assert args.model_init_kwargs["token"] == TOKEN  # the model is loaded with it
+    assert args.model_init_kwargs["proxies"] is proxies
 
 
 def test_no_file_of_a_run_and_no_log_line_holds_the_token(tmp_path: Path, caplog: Any, monkeypatch: Any):
@@ -399,11 +424,18 @@ class Silent:
         return [AttackResult(completion="sure") for _ in prompts]
 
 
+@dataclasses.dataclass(frozen=True)
+class Server:
+    password: str
+
+
 class Leaking:
     """An attack that knows a token and meets a server that echoes it."""
 
     def __init__(self) -> None:
         self.api_key, self.token, self.token_count = TOKEN, TOKEN, 3
+        self.headers, self.base_url = {"Authorization": f"Bearer {TOKEN}"}, f"https://user:{TOKEN}@host/v1"
+        self.client = [{"bearer_token": TOKEN, "server": Server(TOKEN)}]
 
     def attack(self, model: Any, tokenizer: Any, *, prompts: Any, targets: Any) -> list[AttackResult]:
         if "kite" in str(prompts):
@@ -414,7 +446,10 @@ class Leaking:
 def test_no_report_card_or_record_holds_a_token(tmp_path: Path, caplog: Any):
     tokenizer = build_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer)).eval()
-    assert settings_of(Leaking()) == {"class": "Leaking", "api_key": "***", "token": "***", "token_count": 3}
+    assert settings_of(Leaking()) == {
+        "class": "Leaking", "api_key": "***", "token": "***", "token_count": 3, "base_url": "https://host/v1",
+        "headers": {"Authorization": "***"}, "client": [{"bearer_token": "***", "server": {"password": "***"}}],
+    }  # fmt: skip
 
     def judge(behavior: Behavior, completion: str) -> bool:
         raise RuntimeError(f"no right to judge with {TOKEN}")
@@ -446,6 +481,39 @@ def test_words_are_no_tokens(monkeypatch: pytest.MonkeyPatch):
     assert without_tokens("a kite, hf_robust and hf_hub") == "a kite, hf_robust and hf_hub"
     monkeypatch.setenv("HF_TOKEN", "long-enough")
     assert without_tokens("a long-enough word", "given-one") == "a *** word"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token", "hf_token", "bearer_token", "accessToken", "X-Auth-Token", "api_key", "OPENAI_API_KEY", "X-Api-Key",
+        "apikey", "apiKey", "password", "db_password", "secret", "client_secret", "aws_secret_access_key",
+        "Authorization", "Proxy-Authorization", "credential", "credentials",
+    ],
+)  # fmt: skip
+def test_secrets_are_known_by_their_names(name: str):
+    """Whatever they look like: keys of a company's own server have no known form."""
+    for secret in ("sk-abc", b"sk-abc", ["sk-abc"], {"user": "sk-abc"}):
+        assert redacted({name: secret}) == {name: "***"}
+        given = {"outer": ({name: secret}, 1)}
+        assert redacted(given, None) == {"outer": ({name: None}, 1)}
+        assert given == {"outer": ({name: secret}, 1)}
+    assert redacted({name: None}) == {name: None} and redacted({name: True}) == {name: True}
+
+
+def test_settings_without_secrets_stay_as_they_are():
+    server = Server("sk-abc")
+    assert redacted(server) == Server("***") and server == Server("sk-abc")
+    plain = {
+        "max_new_tokens": 8, "num_tokens": [1, 2], "eos_token": "the end", "bos_token": "<s>", "pad_token": "[PAD]",
+        "decoder_start_token": "go", "stop_at_token": "<|im_end|>", "per_token": 3, "token_ids": [1], "tokenizer": "t",
+        "pad_token_id": 0, "passwords_asked": "none", "secretary": "x", "keys": ["a"], "size": (1, 2), "cls": Server,
+        "url": "https://host:8080/a@b?c=d@e", "mail": "me@host", "prompt": "see https://host or write to me@host",
+    }  # fmt: skip
+    assert redacted(plain) is plain
+    assert redacted(["https://u:p@w@host/x", "git+ssh://key@host", "a ftp://u:p@h b"]) == [
+        "https://host/x", "git+ssh://host", "a ftp://h b",
+    ]  # fmt: skip
 
 
 # ---- YAML ----

@@ -325,3 +325,48 @@ def test_under_fsdp_with_state_dicts_in_parts_the_model_is_saved_whole(tmp_path,
     trainer._writes_checkpoint = True  # which has the parts
     trainer.save_model(tmp_path / "checkpoint", _internal_call=True)
     assert not (tmp_path / "checkpoint" / "model.safetensors").exists()
+
+
+# ---- Several processes ----
+
+
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_one_process_decides_on_the_start_for_all(main, fails, tmp_path, monkeypatch):
+    """What the first one finds, every one goes on from, or raises: none is left waiting in the first collective."""
+    trainer = cat_trainer(tiny_model(), tmp_path, save_strategy="steps", save_steps=1)
+    read, told = [], []
+
+    def resume(given, *args):
+        read.append(given)
+        if fails:
+            raise ValueError("`resume_from_checkpoint=True`: there is no whole checkpoint")
+        return "the newest"
+
+    def broadcast(decided):
+        told.append(list(decided))
+        if not main:  # as the first process sent it
+            sent = [None, ValueError("there is no whole checkpoint")] if fails else ["the newest", None]
+            decided[:] = pickle.loads(pickle.dumps(sent))
+        else:
+            pickle.dumps(decided)
+
+    monkeypatch.setattr(card_module, "checkpoint_to_resume", resume)
+    monkeypatch.setattr(card_module, "check_writable", lambda folder: read.append("writable"))
+    monkeypatch.setattr(card_module, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: main)
+    monkeypatch.setattr(trainer, "accelerator", types.SimpleNamespace(num_processes=2))
+    if fails:
+        with pytest.raises(ValueError, match="there is no whole checkpoint"):
+            trainer.train(resume_from_checkpoint=True)
+    else:
+        assert trainer._checked_start(True) == "the newest"
+    assert read == (["writable", True] if main else []) and len(told) == 1
+
+
+def test_one_process_alone_tells_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(card_module, "broadcast_object_list", lambda decided: pytest.fail("there is nobody to tell"))
+    trainer = cat_trainer(tiny_model(), tmp_path, max_steps=1)
+    train(trainer)
+    with pytest.raises(ValueError, match="there is no whole checkpoint"):
+        trainer.train(resume_from_checkpoint=True)

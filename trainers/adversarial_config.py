@@ -13,7 +13,7 @@ from hf_robust.trainers.phases import RunArguments
 _COUNTS = ("attack_steps", "num_replays", "collapse_guard_steps", "collapse_guard_rows", "eval_attack_steps")
 
 
-@dataclass
+@dataclass(repr=False)
 class AdversarialConfig(RunArguments, TrainingArguments):
     """
     Configuration of [`AdversarialTrainer`]: all of [`~transformers.TrainingArguments`] and the fields below. What is left

@@ -20,7 +20,7 @@ _OF_IMAGES = (
 )  # fmt: skip
 
 
-@dataclass
+@dataclass(repr=False)
 class AdvUnlearnConfig(DiffusionConfig):
     """
     Configuration of [`AdvUnlearnTrainer`]: [`DiffusionConfig`] without what concerns images and captions, and the fields

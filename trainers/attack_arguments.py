@@ -10,7 +10,7 @@ from hf_robust.attacks import EmbeddingAttack
 from hf_robust.trainers.phases import RunArguments
 
 
-@dataclass
+@dataclass(repr=False)
 class AttackArguments(RunArguments):
     """
     Fields that describe the inner maximisation. The radius and the number of steps are those of arXiv 2405.15589; the step

@@ -37,7 +37,7 @@ from hf_robust.trainers.schedule import start_seed
 logger = logging.get_logger(__name__)
 
 
-@dataclass
+@dataclass(repr=False)
 class CAPOConfig(AttackArguments, DPOConfig):
     """
     Configuration of [`CAPOTrainer`]: all of [`~trl.DPOConfig`], the attack

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -42,6 +42,12 @@ logger = logging.getLogger(__name__)
 _PARENT_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "per_device_train_batch_size",
     "gradient_accumulation_steps", "num_train_epochs", "max_length", "bf16", "fp16", "seed", "beta", "loss_type",
+)  # fmt: skip
+# Those that the card leaves out, and that make a resumed run another all the same
+_RESUMED_SETTINGS = (
+    "warmup_steps", "lr_scheduler_kwargs", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "label_smoothing_factor",
+    "label_smoothing", "data_seed", "neftune_noise_alpha", "packing", "completion_only_loss", "assistant_only_loss",
+    "truncation_mode", "train_sampling_strategy", "average_tokens_across_devices",
 )  # fmt: skip
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "messages", "conversations", "text")
 # Own settings that change no step of training: a resumed run may have others. The noise policy comes with the checkpoint.
@@ -141,9 +147,7 @@ class CardTrainer(Trainer):
         """
         given = {**dict(zip(("resume_from_checkpoint", "trial", "ignore_keys_for_eval"), args, strict=False)), **kwargs}
         resumed = given.get("resume_from_checkpoint")
-        if str(getattr(self.args.save_strategy, "value", "")) != "no" and self.args.should_save:
-            check_writable(self.args.output_dir)
-        given["resume_from_checkpoint"] = checkpoint_to_resume(resumed, self.args.output_dir, self._run_settings())
+        given["resume_from_checkpoint"] = self._checked_start(resumed)
         keep_differentiable(self.model)
         if self._report is not None:
             logger.warning("The report attached before training is dropped: it was measured on other weights.")
@@ -156,10 +160,29 @@ class CardTrainer(Trainer):
         finally:
             self._weights_since, self._phases, self.interrupted = time.time(), None, on_sigterm.interrupted
 
+    def _checked_start(self, resumed: Any) -> str | None:
+        """The checkpoint to go on from. One process decides, or what it finds wrong the others would wait for in vain."""
+        decided: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                if str(getattr(self.args.save_strategy, "value", "")) != "no":
+                    check_writable(self.args.output_dir)
+                decided[0] = checkpoint_to_resume(resumed, self.args.output_dir, self._run_settings())
+            except (OSError, ValueError) as error:
+                if self.accelerator.num_processes == 1:
+                    raise
+                decided[1] = error
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(decided)
+        if decided[1] is not None:
+            raise decided[1]
+        return decided[0]
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The parent's checkpoint, whole or not at all, with a record of the settings it was trained with."""
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with saving(folder, cleans_up=self.args.should_save):
+            self.accelerator.wait_for_everyone()  # an older one is out of the way of what the others write
             self._writes_checkpoint = True
             try:
                 super()._save_checkpoint(model, trial)
@@ -185,7 +208,11 @@ class CardTrainer(Trainer):
         """What decides on the steps of training: a run that is resumed has to have the same."""
         peft = self.model.peft_config[self.model.active_adapter] if is_peft_model(self.model) else None
         settings = self._stated_settings(peft)
-        settings |= {name: _plain(getattr(self.args, name)) for name in self._setting_names()}
+        resumed = [name for name in _RESUMED_SETTINGS if hasattr(self.args, name)]
+        settings |= {name: _plain(getattr(self.args, name)) for name in [*self._setting_names(), *resumed]}
+        settings |= {f"rows of {name}": len(data) for name, data in self._given.items() if hasattr(data, "__len__")}
+        if peft is not None and hasattr(peft, "lora_dropout"):
+            settings["lora_dropout"] = peft.lora_dropout
         free = {name for name in settings if name.startswith("eval_") or name in _FREE_SETTINGS}
         # Longer training is no other training
         return {name: value for name, value in settings.items() if name not in {*free, "num_train_epochs"}}

@@ -9,7 +9,7 @@ from hf_robust.threats import check_at_least, check_count, check_number
 from hf_robust.trainers.attack_arguments import AttackArguments
 
 
-@dataclass
+@dataclass(repr=False)
 class CATConfig(AttackArguments, SFTConfig):
     """
     Configuration of [`CATTrainer`]: all of [`~trl.SFTConfig`], the attack

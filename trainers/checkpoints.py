@@ -24,7 +24,17 @@ logger = logging.getLogger(__name__)
 # Written last: a checkpoint with it is whole. It holds the run's settings and the sizes of the large files.
 RECORD = "hf_robust_checkpoint.json"
 _STATE = "trainer_state.json"
-_LARGE = (".safetensors", ".pt", ".pth", ".bin", ".distcp")
+# What an older checkpoint of the same number is called while it is replaced; neither rotated nor pushed under this name
+_REPLACED = "_replaced-"
+_LARGE = (
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".distcp",
+    ".metadata",
+)  # the last: where the parts of a sharded one lie
+_PICKLED = ("pytorch_model.bin", "adapter_model.bin")
 # How `torch.save` says that a file could not be written
 _TORCH_WRITES = "PytorchStreamWriter|inline_container|iostream|unexpected pos"
 # Rows of an optimizer step: their product counts, not how it is split
@@ -56,7 +66,8 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
 def saving(folder: Path, *, cleans_up: bool) -> Iterator[None]:
     """
     What writes a checkpoint goes inside. If writing fails, what there is of it goes, so that the newest checkpoint is a whole
-    one, and the error says where to go on from.
+    one, and the error says where to go on from. A whole one of the same number stays aside until the new one is whole.
+    With several processes, none writes before all have entered.
 
     Args:
         folder: of the checkpoint.
@@ -65,8 +76,13 @@ def saving(folder: Path, *, cleans_up: bool) -> Iterator[None]:
     Raises:
         OSError: the checkpoint could not be written: no space, no permission, a lost disk.
     """
-    if cleans_up:
-        # An older one of the same number is overwritten: from now on it is not whole
+    aside = folder.with_name(f"{_REPLACED}{folder.name}")
+    # Without a record it may be what a kill left of the last replacement: then the one aside stays
+    replaces = problem_of(folder) is None and (_record_of(folder) is not None or problem_of(aside) is not None)
+    if cleans_up and replaces:
+        _remove(aside)
+        folder.replace(aside)
+    elif cleans_up:  # rests of one: what is not rewritten is not to make them whole
         for name in (RECORD, _STATE):
             (folder / name).unlink(missing_ok=True)
     try:
@@ -76,7 +92,9 @@ def saving(folder: Path, *, cleans_up: bool) -> Iterator[None]:
         if not is_write or (folder / RECORD).is_file() or _state_of(folder) is not None:
             raise  # it is written, and something else failed: a push to the Hub
         if cleans_up:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+            with contextlib.suppress(OSError):  # there is none, or it stays where `newest_whole` finds it
+                aside.replace(folder)
         removed = " and was removed" if cleans_up else ""  # others have written a file of it and do not see the rest
         last = newest_whole(folder.parent)
         remedy = "There is no earlier checkpoint" if last is None else f"The last whole checkpoint is {str(last)!r}"
@@ -85,6 +103,15 @@ def saving(folder: Path, *, cleans_up: bool) -> Iterator[None]:
             f"{_free(folder.parent)}){removed}. {remedy}: make room or change the folder's permissions, then run again"
             + ("." if last is None else " with `resume_from_checkpoint=True`.")
         ) from error
+    if cleans_up:
+        _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Broken off in the middle, it does not leave a checkpoint that looks whole."""
+    with contextlib.suppress(OSError):
+        (folder / _STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_record(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -109,9 +136,9 @@ def problem_of(folder: Path) -> str | None:
     """
     if not folder.is_dir():
         return "there is no such folder"
-    pickled = next((name for name in ("pytorch_model.bin", "adapter_model.bin") if (folder / name).is_file()), None)
+    pickled = next((path for name in _PICKLED for path in folder.rglob(name) if path.is_file()), None)
     if pickled is not None:
-        return f"it holds pickled weights ({pickled}), which are not read"
+        return f"it holds pickled weights ({pickled.relative_to(folder).as_posix()}), which are not read"
     if _state_of(folder) is None:
         return f"it has no whole {_STATE}, so that writing it was broken off"
     for name, size in ((_record_of(folder) or {}).get("files") or {}).items():
@@ -124,17 +151,18 @@ def problem_of(folder: Path) -> str | None:
 
 def newest_whole(output_dir: str | os.PathLike[str]) -> Path | None:
     """
-    The checkpoint of the highest step that is whole; what is passed over is told in a warning.
+    The checkpoint of the highest step that is whole; what is passed over is told in a warning. Of one whose replacement was
+    broken off by a kill, that is the older one, which lies aside.
 
     Args:
         output_dir: of the run.
     """
     numbered = [
-        (int(found[1]), path)
+        (int(found[2]), found[1] is None, path)
         for path in (Path(output_dir).iterdir() if Path(output_dir).is_dir() else ())
-        if path.is_dir() and (found := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+        if path.is_dir() and (found := re.fullmatch(rf"({_REPLACED})?{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
     ]
-    ordered = [path for _, path in sorted(numbered, reverse=True)]
+    ordered = [path for *_, path in sorted(numbered, reverse=True)]
     problems = {path: problem_of(path) for path in ordered}
     for path, problem in problems.items():
         if problem is not None:

@@ -13,7 +13,7 @@ from hf_robust.trainers.phases import RunArguments
 TRUNCATIONS = ("error", "warn")
 
 
-@dataclass
+@dataclass(repr=False)
 class DiffusionConfig(RunArguments, TrainingArguments):
     """
     Configuration of [`DiffusionTrainer`]: all of [`~transformers.TrainingArguments`] and the fields below. By default it is

@@ -16,7 +16,7 @@ LOSS_MODES = (*NOISE_LOSS_MODES, "rdrop")
 _OF_VERSION = {"v1": {"consistency_weight": 0.1}, "v2": {"consistency_weight": 0.05}}
 
 
-@dataclass
+@dataclass(repr=False)
 class NoiseFiTConfig(RunArguments, SFTConfig):
     """
     Configuration of [`NoiseFiTTrainer`]: all of [`~trl.SFTConfig`] and the fields below, whose defaults are those of

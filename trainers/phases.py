@@ -4,12 +4,13 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
+from hf_robust.data.redaction import redacted
 from hf_robust.threats import check_at_least, check_count, check_number
 
 PHASES = ("data", "attack", "forward", "backward", "optimizer", "other")
@@ -69,8 +70,20 @@ class RunArguments:
             parent()
 
     def __getstate__(self) -> dict[str, Any]:
-        """State without the access token: the Trainer pickles its arguments into the folder that `push_to_hub` sends."""
-        return {**self.__dict__, "hub_token": None}
+        """State without access tokens: the Trainer pickles its arguments into the folder that `push_to_hub` sends."""
+        return redacted(self.__dict__, None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The parent's values without access tokens in mappings such as `model_init_kwargs`: they go to the trackers."""
+        return redacted(super().to_dict(), None)  # type: ignore[misc]
+
+    def __str__(self) -> str:
+        """The fields without access tokens."""
+        shown = redacted({f.name: getattr(self, f.name) for f in fields(self)})
+        lines = [f"{name}={shown[name]},\n" for name in sorted(shown)]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __repr__ = __str__
 
 
 class Phases:
@@ -148,6 +161,7 @@ def watched(trainer: Any) -> Iterator[Phases]:
         (trainer.accelerator, "backward", "backward"),
     ]
     places = [place for place in places if hasattr(place[0], place[1])]
+    users = [(owner, name, vars(owner)[name]) for owner, name, _ in places if name in vars(owner)]
     for owner, name, phase in places:
         setattr(owner, name, _timed(getattr(owner, name), phase, phases, trainer))
     stopwatch, callback = getattr(trainer, "_stopwatch", None), _UpdateCallback(phases)
@@ -162,13 +176,15 @@ def watched(trainer: Any) -> Iterator[Phases]:
             stopwatch.phases = None
         for owner, name, _ in places:
             delattr(owner, name)  # the class's own method shows again
+        for owner, name, method in users:
+            setattr(owner, name, method)
 
 
 def _timed(function: Callable[..., Any], phase: str, phases: Phases, trainer: Any) -> Callable[..., Any]:
     @functools.wraps(function)
     def timed(*args: Any, **kwargs: Any) -> Any:
         # The first step's batches are fetched, and the step begins, before the model is put into training mode
-        if function.__name__ in ("compute_loss", "forget_loss") and not trainer.model.training:
+        if phase == "forward" and not trainer.model.training:
             return function(*args, **kwargs)
         phases.enter(phase)
         try:

@@ -15,7 +15,7 @@ CLIP_LOSSES = ("fare", "tecoa", "pmg_aft", "sim_clip")
 SUPERVISED = ("tecoa", "pmg_aft")
 
 
-@dataclass
+@dataclass(repr=False)
 class RobustCLIPConfig(RunArguments, TrainingArguments):
     """
     Configuration of [`RobustCLIPTrainer`]: all of [`~transformers.TrainingArguments`] and the fields below. Defaults are those

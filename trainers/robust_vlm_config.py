@@ -12,7 +12,7 @@ from hf_robust.trainers.phases import RunArguments
 from hf_robust.trainers.robust_vlm_attack import PERTURBATIONS, PIXEL_NORMS, PIXEL_SPACES, VLMAttack
 
 
-@dataclass
+@dataclass(repr=False)
 class RobustVLMConfig(RunArguments, SFTConfig):
     """
     Configuration of [`RobustVLMTrainer`]: all of [`~trl.SFTConfig`] and the fields below.

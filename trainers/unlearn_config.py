@@ -19,7 +19,7 @@ _RETAIN_WEIGHT = {"undial": 0.0, "ce_u": 0.0}
 _OWN_FIELDS = {"simnpo": ("simnpo_delta",), "ce_u": ("ce_u_skip_tokens",), "rmu": ("rmu_coefficient",)}
 
 
-@dataclass
+@dataclass(repr=False)
 class UnlearnConfig(RobustArguments, RunArguments, SFTConfig):
     """
     Configuration of [`UnlearnTrainer`]: all of [`~trl.SFTConfig`], whose `loss_type` has another meaning here, the fields of

@@ -52,7 +52,7 @@ _KEPT = 0.5
 ForgetLoss = Callable[[nn.Module], torch.Tensor]
 
 
-@dataclass
+@dataclass(repr=False)
 class RobustArguments:
     """
     Fields that describe what the forget loss is made robust against.

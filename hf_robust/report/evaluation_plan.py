@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 from hf_robust.attacks.registry import ATTACKS
+from hf_robust.data.redaction import redacted
 from hf_robust.report.report import write_json
 
 # Values hashed of each tensor, evenly spread: any training moves some of them, and a model of 70B parameters is read in
 # seconds.
 _SAMPLES = 1024
-# Attributes of users' own attacks and judges that go into no report
-_SECRETS = ("token", "hf_token", "hub_token", "auth_token", "access_token", "password", "secret", "authorization")
 
 
 def settings_of(attack: Any) -> dict[str, Any]:
     """
     Settings of an attack as JSON values: `class`, `attack` (its name in the registry, if it has one), and every public
-    attribute but the progress bar. Infinite numbers become `"inf"`, objects the name of their class or function.
+    attribute but the progress bar. Infinite numbers become `"inf"`, objects the name of their class or function, secrets
+    `"***"` (see [`~hf_robust.data.redaction.redacted`]).
 
     Args:
         attack: any attack whose settings are plain attributes.
@@ -33,11 +33,12 @@ def settings_of(attack: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"class": type(attack).__name__}
     if type(attack) in names:
         found["attack"] = names[type(attack)]
-    for name, value in vars(attack).items():
-        if not name.startswith("_") and name not in ("progress", "generator"):
-            is_secret = isinstance(value, str) and (name in _SECRETS or name.endswith("api_key"))
-            found[name] = "***" if is_secret else _plain(value)
-    return found
+    public = {
+        name: value
+        for name, value in vars(attack).items()
+        if not name.startswith("_") and name not in ("progress", "generator")
+    }
+    return found | {name: _plain(value) for name, value in redacted(public).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -143,7 +143,9 @@ def main() -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.batch % 3:
-        parser.error(f"--batch {args.batch}: a multiple of 3, so that every process has an adversarial row at every step")
+        parser.error(
+            f"--batch {args.batch}: a multiple of 3, so that every process has an adversarial row at every step"
+        )
     if args.worker:
         measure(args)
         return

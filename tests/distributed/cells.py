@@ -6,12 +6,15 @@ strategy or the device asks for. Its trainer runs in float32 without dropout, by
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback
 
 from hf_robust.noise import NoisePolicy
 from tests.adversarial_data import adversarial_trainer, tiny_classifier
@@ -177,6 +180,29 @@ def _short_batch(folder: str, batch: int, **extra: Any) -> Any:
     return cat_trainer(tiny_model(), folder, given, **sizes, **attack, **extra)
 
 
+class _GoesOn(TrainerCallback):
+    """Refuses to begin anew, which would end with the same weights."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        assert state.global_step == 2, state.global_step
+
+
+def _resumed(adapter: bool) -> Cell:
+    """A training that goes on behind the second of three steps from its checkpoint, with AdamW, whose state it needs."""
+
+    def build(folder: str, batch: int, **extra: Any) -> Any:
+        given = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2, **extra}
+        cell = _CAT(adapter, 1, False)
+        cell(folder, batch, **given).train()
+        trainer = cell(folder, batch, **given)
+        trainer.add_callback(_GoesOn())
+        trainer.train = functools.partial(trainer.train, resume_from_checkpoint=str(Path(folder) / "checkpoint-2"))
+        return trainer
+
+    return build
+
+
+_RESUMED: dict[str, Cell] = {"cat-full-resumed": _resumed(False), "cat-lora-resumed": _resumed(True)}
 # Where processes could fall out of step. Of the utility rows of a window there are 8; the fractions make 1 and 0 others
 _UNEVEN: dict[str, Cell] = {
     "cat-rank-without-row": _language(cat_trainer, attack_epsilon=0.3, adversarial_fraction=ONE)(False, 1, False),
@@ -193,6 +219,7 @@ def all_cells() -> dict[str, Cell]:
     return (
         _UNEVEN
         | _OUTSIDE
+        | _RESUMED
         | {
             name: cell
             for strategy in STRATEGIES
@@ -206,7 +233,7 @@ def cells_of(strategy: str) -> dict[str, Cell]:
     """The cells that run under a strategy, by name; `"alone"`: those of all strategies."""
     if strategy == "alone":
         return {name: cell for other in STRATEGIES for name, cell in cells_of(other).items()}
-    return {name: cell for name, (cell, _) in _chosen(strategy, refused=False).items()} | _UNEVEN | _OUTSIDE
+    return {name: cell for name, (cell, _) in _chosen(strategy, refused=False).items()} | _UNEVEN | _OUTSIDE | _RESUMED
 
 
 def refused_cells_of(strategy: str) -> dict[str, str]:

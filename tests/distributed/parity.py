@@ -149,8 +149,9 @@ def _run(cells: Sequence[str] | None, strategies: Sequence[str], folder: Path, d
             print(f"{strategy} {name}", flush=True)
             started = time.perf_counter()
             try:
-                with tempfile.TemporaryDirectory() as output, running_under(strategy, name, device, folder):
-                    trainer = known[name](output, ROWS // processes, **extra)
+                output = folder / f"output.{strategy}.{name}"  # of all processes, as checkpoints want it
+                with running_under(strategy, name, device, folder):
+                    trainer = known[name](str(output), ROWS // processes, **extra)
                     found = measured(trainer)
                     found["kind"] = _kind(trainer.model_wrapped)
                     found["held_share"] = _held_share(trainer.model_wrapped)
