@@ -26,14 +26,8 @@ RECORD = "hf_robust_checkpoint.json"
 _STATE = "trainer_state.json"
 # What an older checkpoint of the same number is called while it is replaced; neither rotated nor pushed under this name
 _REPLACED = "_replaced-"
-_LARGE = (
-    ".safetensors",
-    ".pt",
-    ".pth",
-    ".bin",
-    ".distcp",
-    ".metadata",
-)  # the last: where the parts of a sharded one lie
+# `.metadata` tells where the parts of a sharded one lie
+_LARGE = (".safetensors", ".pt", ".pth", ".bin", ".distcp", ".metadata")
 _PICKLED = ("pytorch_model.bin", "adapter_model.bin")
 # How `torch.save` says that a file could not be written
 _TORCH_WRITES = "PytorchStreamWriter|inline_container|iostream|unexpected pos"
