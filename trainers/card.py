@@ -35,6 +35,7 @@ from hf_robust.trainers.guards import check_one_device, check_parallelism
 from hf_robust.trainers.interruption import checkpoint_on_sigterm
 from hf_robust.trainers.meters import Stopwatch
 from hf_robust.trainers.phases import Phases, watched
+from hf_robust.trainers.process_group import keep_process_group
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class CardTrainer(Trainer):
         check_one_device(self.args)
         check_parallelism(self.args.parallelism_config)  # before accelerate finds fault with the number of processes
         super().create_accelerator_and_postprocess()
+        keep_process_group()
         check_parallelism(self.accelerator.parallelism_config)  # of the launcher, or of how the model was loaded
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
