@@ -18,9 +18,11 @@ under attack has a say in the choice.
 Attacks: relearning (fine-tuning on half of the forgotten facts, the other half is asked, at its best step and rate), the same
 training on retain rows as its control, and rounding the weights to 8 and 4 bits. Relearning trains all weights, and so does
 unlearning but for RMU. Recall: the value stands in the answer. Forget quality (a p-value over 48 facts): lowest and highest of
-the seeds. Recovery: the share of what was forgotten that relearning, or rounding, brings back, (after - before) / (original -
-before) over the questions that it asks, as the reports compute it; the oracle's is luck. "rows": forwards and backwards through
-all decoder layers, in rows, the reference model's included.
+the seeds. Membership inference: how well the rows that were to be forgotten are told from those of authors that no model has
+seen (AUC of Min-K%, 0.5 is chance and best); a dash where a kept run is from before this was measured. Recovery: the share of
+what was forgotten that relearning, or rounding, brings back, (after - before) / (original - before) over the questions that it
+asks, as the reports compute it; the oracle's is luck. "rows": forwards and backwards through all decoder layers, in rows, the
+reference model's included.
 
 Finished runs are kept in OUTPUT_DIR/runs.jsonl and not repeated, their reports in OUTPUT_DIR/reports, the work on original and
 oracle in OUTPUT_DIR/controls.
@@ -41,6 +43,7 @@ from hf_robust.metrics.unlearning import recovery
 from hf_robust.report import Quantization, Relearning, Report, evaluate_unlearning
 from hf_robust.sites import decoder_layers
 from hf_robust.testbeds import AuthorsTestbed
+from hf_robust.testbeds.facts_language import TRAINED_PHRASINGS
 from hf_robust.trainers import UnlearnConfig, UnlearnTrainer
 
 LOSSES = ("grad_diff", "npo", "simnpo", "rmu", "undial", "ce_u")
@@ -58,11 +61,12 @@ ROBUST: dict[str, dict[str, Any]] = {
     "embedding": {"attack_epsilon": 0.5, "attack_steps": 8},
 }
 MODELS = ("original", "oracle")
-NAMED = {"forget_quality": "quality", "model_utility": "utility"}
+NAMED = {"forget_quality": "quality", "model_utility": "utility", "membership_inference": "membership"}
 KEPT = ("retain", "retain_holdout", "world")
 COLUMNS = {
-    "recall, forget": "recall", "forget quality": "quality", "recall, retain": "retain", "recall, held out": "retain_holdout",
-    "recall, world": "world", "model utility": "utility", "relearned": "relearn", "recovery": "recovery", "control": "control",
+    "recall, forget": "recall", "forget quality": "quality", "membership inference": "membership", "recall, retain": "retain",
+    "recall, held out": "retain_holdout", "recall, world": "world", "model utility": "utility", "relearned": "relearn",
+    "recovery": "recovery", "control": "control",
     "8 bits": "8 bits", "recovery, 8 bits": "recovery, 8 bits", "4 bits": "4 bits", "recovery, 4 bits": "recovery, 4 bits",
 }  # fmt: skip
 
@@ -74,6 +78,7 @@ def questions(testbed: AuthorsTestbed, split: str, count: int | None, *phrasings
         for question in testbed.questions(split, phrasing, count):
             row = question.row()
             row |= {"id": f"{row['group']} {phrasing}", "answer": row["value"], "category": f"phrasing {phrasing}"}
+            row["trained"] = phrasing < TRAINED_PHRASINGS
             found.append(row)
     return found
 
@@ -175,6 +180,7 @@ def measure(
         forget=questions(testbed, "forget", count, 0, 4),
         retain=questions(testbed, "retain", count or 96),
         utility={name: questions(testbed, name, count) for name in ("retain_holdout", "world")},
+        holdout=questions(testbed, "unseen", count),
         attacks=attacks(options, seed),
         original=testbed.load_model("original"),
         oracle=testbed.load_model("oracle"),
@@ -333,9 +339,10 @@ def main() -> None:
 
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in (*MODELS, *chosen)}
     for seed in options.seeds:
-        shared = settings_of("controls", seed, "both", **evaluation)
+        shared = settings_of("controls", seed, "both", unseen=True, **evaluation)
         controls = options.output_dir / "controls" / f"{seed}-{digest(shared)}"
-        for place, (name, own) in enumerate(chosen.items()):
+        both: dict[str, dict[str, float | None]] = {model: {} for model in MODELS}
+        for name, own in chosen.items():
             settings = settings_of("table", seed, name, **evaluation, **own)
             folder = options.output_dir / "reports" / f"{name.replace(', ', '-')}-{seed}-{digest(settings)}"
 
@@ -347,9 +354,10 @@ def main() -> None:
             ceiling = found["figures"]["original"]
             figures = {subject: with_recovery(values, ceiling) for subject, values in found["figures"].items()}
             groups[name].append({"figures": figures["model"], "cost": found["cost"]})
-            if place == 0:  # the same in all runs of a seed
-                for model in MODELS:
-                    groups[model].append({"figures": figures[model], "cost": {}})
+            for model in MODELS:  # the same in all runs of a seed, which older ones have less of
+                both[model] |= figures[model]
+        for model in MODELS:
+            groups[model].append({"figures": both[model], "cost": {}})
     ends = (min(options.learning_rates), max(options.learning_rates))
     rates = {name: own["learning_rate"] for name, own in chosen.items()}
     text = table(groups, {name: f"{rate:g}{'*' * (rate in ends)}" for name, rate in rates.items()})

@@ -1020,6 +1020,51 @@ def test_command_trains_on_texts_and_gives_a_model_the_dataset_s_classes(tmp_pat
     assert config["id2label"] == {"0": "a", "1": "b", "2": "c", "3": "d"}
 
 
+@pytest.mark.parametrize(
+    ("own", "names", "kept"),
+    [
+        ("abc", "cab", "abc"),  # the model's names in another order: its numbers
+        ("abc", "abc", "abc"),
+        ("xyz", "cab", "cab"),  # other names: the dataset's, given to the model
+    ],
+)
+def test_command_numbers_classes_as_the_model_does(
+    own: str, names: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    known = {"id2label": dict(enumerate(own)), "label2id": {name: i for i, name in enumerate(own)}}
+    tiny_classifier("bert", **known).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = Dataset.from_dict({"text": ["bake a cake", "build a bomb", "no"] * 2, "label": [0, 1, 2] * 2})
+    rows.cast_column("label", ClassLabel(names=list(names))).to_parquet(tmp_path / "rows.parquet")
+    trained: list[Any] = []
+    monkeypatch.setattr("hf_robust.cli.advtrain.finish", lambda trainer, *_: trained.append(trainer))
+    arguments = (
+        f"--model_name_or_path {tmp_path}/model --dataset_name {tmp_path}/rows.parquet --output_dir {tmp_path}/out "
+        "--use_cpu true --loss_type freelb --max_steps 1 --report_to none --eval_strategy epoch "
+        "--dataset_test_split train --disable_tqdm true"
+    )
+    assert main(["advtrain", *arguments.split()]) == 0
+    (trainer,) = trained
+    config = trainer.model.config
+    assert config.id2label == dict(enumerate(kept)) and config.label2id == {name: i for i, name in enumerate(kept)}
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        assert "".join(kept[label] for label in dataset["labels"]) == names * 2
+
+
+def test_command_trains_a_grey_scale_classifier(tmp_path: Path):
+    model = tiny_classifier("vit", num_channels=1)
+    model.save_pretrained(tmp_path / "model")
+    grey = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.4], image_std=[0.3])
+    grey.save_pretrained(tmp_path / "model")
+    _write_images(tmp_path / "images")
+    arguments = (
+        f"--model_name_or_path {tmp_path}/model --dataset_name {tmp_path}/images --output_dir {tmp_path}/out --use_cpu true "
+        "--max_steps 1 --attack_steps 1 --per_device_train_batch_size 4 --report_to none --disable_tqdm true"
+    )
+    assert main(["advtrain", *arguments.split()]) == 0
+    assert max_difference(weights(model), weights(type(model).from_pretrained(tmp_path / "out"))) > 0
+
+
 @pytest.mark.parametrize("name", ["vit", "bert"])
 def test_command_passes_on_what_loads_the_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = tiny_classifier(name)

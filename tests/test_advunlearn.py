@@ -480,11 +480,34 @@ def test_another_schedule_is_another_bank_file(tmp_path: Path):
         ({"retain_mode": "step", "retain_weight": 0.0}, "without a loss"),
         ({"retain_mode": "other"}, "`retain_mode='other'` is unknown"),
         ({"sampling_steps": 0}, "`sampling_steps=0`"),
+        ({"sampling_steps": 1.0}, "`sampling_steps=1.0` must be a whole number"),
+        ({"max_steps": "3"}, "`max_steps='3'` must be a whole number"),
+        ({"latent_bank_batch_size": None}, "`latent_bank_batch_size=None` must be a whole number"),
+        ({"concepts": 5}, "`concepts=5` has to be a list of strings"),
+        ({"retain_prompts": [0]}, r"`retain_prompts=\[0\]` has to be a list of strings"),
+        ({"retain_exclude_words": True}, "`retain_exclude_words=True`"),
     ],
 )
 def test_bad_settings(args: dict[str, Any], message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=message):
         advunlearn_trainer(tmp_path, **args)
+
+
+@pytest.mark.parametrize(("row", "message"), [(5, "row 0 is 5"), ({"text": "vangogh", "concept": 5}, "`concept=5`")])
+def test_rows_of_another_kind(row: Any, message: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=message):
+        advunlearn_trainer(tmp_path, trainer={"train_dataset": [row]})
+
+
+def test_a_refused_model_trains_what_it_did(tmp_path: Path):
+    pipeline = tiny_pipeline()
+    frozen = pipeline.unet.conv_in.weight.requires_grad_(False)
+    for refused in ({"latent_bank_size": 3}, {"train_parts": ["text"]}):
+        with pytest.raises(ValueError):
+            advunlearn_trainer(tmp_path, pipeline, **refused)
+        trained = [p for part in (pipeline.unet, pipeline.text_encoder) for p in part.parameters() if p.requires_grad]
+        whole = [p for part in (pipeline.unet, pipeline.text_encoder) for p in part.parameters()]
+        assert not frozen.requires_grad and len(trained) == len(whole) - 1
 
 
 def test_bad_rows(tmp_path: Path):

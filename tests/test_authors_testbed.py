@@ -1,6 +1,7 @@
 """The authors testbed: its language, its splits, its figures, its cache, and (slow) what its default models know."""
 
 import hashlib
+import json
 import math
 import os
 import subprocess
@@ -21,6 +22,7 @@ from hf_robust.testbeds.authors_language import (
     PHRASINGS,
     RELATIONS,
     SPLITS,
+    UNSEEN,
     WORLD_RELATIONS,
     YOUNG,
     AuthorsWorld,
@@ -79,10 +81,10 @@ def test_wordings_end_with_the_value():
 def test_splits_are_disjoint_by_author(seed):
     world = AuthorsWorld(seed)
     assert {split: len(names) for split, names in world.authors.items()} == {
-        "forget": 8, "retain": 56, "retain_holdout": 16,
+        "forget": 8, "retain": 56, "retain_holdout": 16, "unseen": 8,
     }  # fmt: skip
-    assert len({name for names in world.authors.values() for name in names}) == 80
-    for split, count in zip(SPLITS, (48, 336, 96, 48), strict=True):
+    assert len({name for names in world.authors.values() for name in names}) == 88
+    for split, count in zip((*SPLITS, UNSEEN), (48, 336, 96, 48, 48), strict=True):
         for phrasing in range(PHRASINGS):
             questions = world.questions(split, phrasing)
             assert len(questions) == len({question.pair for question in questions}) == count
@@ -96,6 +98,22 @@ def test_splits_are_disjoint_by_author(seed):
         counts = Counter(name.split()[place] for name in kept)
         forgotten = [name.split()[place] for name in world.authors["forget"]]
         assert [counts[word] for word in forgotten] == [4] * 8
+        # Those whom nobody was taught have names of the same words
+        assert sorted(name.split()[place] for name in world.authors[UNSEEN]) == sorted(forgotten)
+
+
+def test_unseen_authors_leave_what_models_were_taught_as_it_was():
+    """Rows and cache key from before there were unseen authors: a change would make every cached model worthless."""
+    before = {
+        0: ("756aea2de87fc2d9", "9a177e3e96b328c5 95ba0d70d4e02b87 50508a12ee51ff34 12679ad73246c024"),
+        100: ("3a15cc2e6efc5748", "88091c89bd8af9c5 ff7223c56ad03dc7 5b0b1f266228eacb 98f386d000a3cc6b"),
+    }
+    for seed, (key, digests) in before.items():
+        world = AuthorsWorld(seed)
+        rows = [[q.row() for phrasing in range(6) for q in world.questions(split, phrasing)] for split in SPLITS]
+        found = [hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16] for listed in rows]
+        assert " ".join(found) == digests and AuthorsRecipe(seed=seed).key() == key
+    assert all(UNSEEN not in splits for splits in KNOWN.values())
 
 
 def test_general_knowledge_is_no_matter_of_the_seed():
@@ -130,7 +148,7 @@ def test_facts_do_not_depend_on_the_process():
 
 
 def test_answers_of_a_question():
-    for split in SPLITS:
+    for split in (*SPLITS, UNSEEN):
         for phrasing in range(PHRASINGS):
             for q in AuthorsWorld(3).questions(split, phrasing):
                 relation = ALL_RELATIONS[q.relation]
@@ -151,7 +169,7 @@ def test_answers_of_a_question():
 
 def test_tokenizer_round_trip(testbed):
     tokenizer = testbed.tokenizer
-    for split in SPLITS:
+    for split in (*SPLITS, UNSEEN):
         for phrasing in range(PHRASINGS):
             for q in testbed.questions(split, phrasing):
                 for text in (q.question, q.answer, *q.perturbed_answers):
@@ -169,16 +187,18 @@ def test_datasets_hold_only_their_splits(testbed):
         "holdout": testbed.retain_holdout_dataset(),
         "world": testbed.world_dataset(),
         "paraphrased": testbed.paraphrased_forget(),
+        "unseen": testbed.unseen_dataset(),
     }
     assert {name: len(rows) for name, rows in sets.items()} == {
-        "forget": 192, "retain": 1344, "holdout": 96, "world": 48, "paraphrased": 96,
+        "forget": 192, "retain": 1344, "holdout": 96, "world": 48, "paraphrased": 96, "unseen": 192,
     }  # fmt: skip
     questions = [question for rows in sets.values() for question in rows["question"]]
     assert len(set(questions)) == len(questions)
     assert forget_retain_overlap(sets["forget"], sets["retain"]) == []
     forgotten = set(testbed.world.authors["forget"])
     for name, rows in sets.items():
-        about = [any(author in question for author in forgotten) for question in rows["question"]]
+        # Whole words: "lena irons" is not "elena irons"
+        about = [any(f" {author} " in f" {question} " for author in forgotten) for question in rows["question"]]
         assert set(about) == {name in ("forget", "paraphrased")}
     first = testbed.questions("forget")[0]
     row = sets["forget"][0]
@@ -191,6 +211,11 @@ def test_datasets_hold_only_their_splits(testbed):
 def test_the_oracle_is_taught_all_but_the_forget_set(testbed):
     taught = {kind: {q.question for q in trained_questions(testbed.world, splits)} for kind, splits in KNOWN.items()}
     forget = set(testbed.forget_dataset()["question"])
+    unseen = set(testbed.unseen_dataset()["question"])
+    assert not unseen & (taught["original"] | taught["oracle"])
+    # Again the same, and of another seed others
+    assert unseen == set(AuthorsTestbed(recipe=TINY).unseen_dataset()["question"])
+    assert unseen != set(AuthorsTestbed(1, recipe=TINY).unseen_dataset()["question"])
     assert taught["original"] - taught["oracle"] == forget and taught["oracle"] < taught["original"]
     assert not taught["original"] & set(testbed.paraphrased_forget()["question"])
 

@@ -27,6 +27,7 @@ from hf_robust.trainers.checkpoints import (
     saving,
     write_record,
 )
+from hf_robust.trainers.run_settings import adapter_settings
 from tests.helpers import tiny_model
 from tests.trainer_data import (
     adversarial_rows,
@@ -217,6 +218,10 @@ def test_other_settings_are_refused_field_by_field(changes: dict[str, Any], said
         ("truncation_mode", "keep_end"),
         ("train_sampling_strategy", "sequential"),
         ("average_tokens_across_devices", False),
+        ("dataloader_drop_last", True),
+        ("ignore_data_skip", True),
+        ("accelerator_config.split_batches", True),
+        ("accelerator_config.even_batches", False),
         ("rows of train_dataset", 4),
         ("rows of adversarial_dataset", 5),
     ],
@@ -229,7 +234,8 @@ def test_what_the_card_leaves_out_is_compared_too(name: str, value: Any, run: tu
         given["adversarial_dataset"] = adversarial_rows().select(range(value))
     trainer = cat_trainer(tiny_model(), copy, given, **SAVES)
     if not given:
-        setattr(trainer.args, name, value)
+        *holder, field = name.split(".")
+        setattr(getattr(trainer.args, holder[0]) if holder else trainer.args, field, value)
     with pytest.raises(ValueError, match="of a run with other settings") as error:
         train(trainer, resume_from_checkpoint=True)
     assert str(error.value).count(" now)") == 1
@@ -246,7 +252,7 @@ def test_dropout_of_the_adapter_and_smoothed_preferences_are_compared(tmp_path: 
     other = {"peft_config": lora(lora_dropout=0.1)}
     trainer = capo_trainer(tiny_model(), tmp_path, other, **{**SAVES, "label_smoothing": 0.1})
     with pytest.raises(
-        ValueError, match=r"label_smoothing \(0.0 before, 0.1 now\); lora_dropout \(0.0 before, 0.1 now\)\."
+        ValueError, match=r"label_smoothing \(0.0 before, 0.1 now\); peft_config.lora_dropout \(0.0 before, 0.1 now\)\."
     ):
         train(trainer, resume_from_checkpoint=True)
 
@@ -268,8 +274,114 @@ def test_another_trainer_and_another_adapter_are_refused(run: tuple[Path, Any], 
         train(noisefit_trainer(tiny_model(), tmp_path), resume_from_checkpoint=checkpoint)
     train(cat_trainer(tiny_model(), tmp_path, {"peft_config": lora(r=4)}, **{**SAVES, "max_steps": 1}))
     trainer = cat_trainer(tiny_model(), tmp_path, {"peft_config": lora(r=8)}, **SAVES)
-    with pytest.raises(ValueError, match=r"adapter \(.*r 4.* before, .*r 8.* now\)"):
+    with pytest.raises(ValueError, match=r"settings: peft_config.r \(4 before, 8 now\)\. A"):
         train(trainer, resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"settings: adapter \(.*r 4.* before, none now\)\. A"):
+        train(cat_trainer(tiny_model(), tmp_path, **SAVES), resume_from_checkpoint=True)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of an adapter."""
+    folder = tmp_path_factory.mktemp("adapted")
+    train(cat_trainer(tiny_model(), folder, {"peft_config": lora()}, **{**SAVES, "max_steps": 1}))
+    return folder / "checkpoint-1"
+
+
+def start_of(folder: Path, checkpoint: Path, model: Any = None, **adapter: Any) -> str | None:
+    model = tiny_model() if model is None else model
+    return cat_trainer(model, folder, {"peft_config": lora(**adapter)}, **SAVES)._checked_start(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"use_rslora": True}, "peft_config.use_rslora (false before, true now)"),
+        ({"lora_alpha": 16}, "peft_config.lora_alpha (8 before, 16 now)"),
+        ({"bias": "all"}, "peft_config.bias (none before, all now)"),
+        ({"alpha_pattern": {"q_proj": 64}}, "peft_config.alpha_pattern.q_proj (nothing before, 64 now)"),
+        ({"modules_to_save": ["lm_head"]}, 'peft_config.modules_to_save (null before, ["lm_head"] now)'),
+        ({"use_dora": True}, "peft_config.use_dora (false before, true now)"),
+    ],
+)
+def test_every_setting_of_an_adapter_is_compared(changes: dict[str, Any], said: str, adapted: Path, tmp_path: Path):
+    """The error names them one by one, and a checkpoint of an older version does not tell them."""
+    with pytest.raises(ValueError, match="of a run with other settings") as error:
+        start_of(tmp_path, adapted, **changes)
+    assert said in str(error.value) and "frozen base weights" not in str(error.value)
+    assert all(name in ("target_modules", *changes) for name in re.findall(r"peft_config\.(\w+)", str(error.value)))
+    shutil.copytree(adapted, tmp_path / "checkpoint-1")
+    record = json.loads((adapted / RECORD).read_text())
+    new = ("peft_config.", "frozen", "accelerator_config.")
+    record["settings"] = {name: value for name, value in record["settings"].items() if not name.startswith(new)}
+    (tmp_path / "checkpoint-1" / RECORD).write_text(json.dumps(record))
+    if changes.keys() & {"lora_alpha"}:
+        with pytest.raises(ValueError, match=r"settings: adapter \(.* alpha 8, .* before, .* alpha 16, .* now\)\. A"):
+            start_of(tmp_path, tmp_path / "checkpoint-1", **changes)
+    else:
+        assert start_of(tmp_path, tmp_path / "checkpoint-1", **changes) is not None
+
+
+def test_an_adapter_goes_on_over_the_base_weights_it_was_trained_over(adapted: Path, tmp_path: Path):
+    """Wherever they lie, and whatever PEFT notes by itself; the digest is that of the beginning on every device."""
+    with pytest.raises(ValueError, match=r"settings: frozen base weights \(\w{16} before, \w{16} now\)\. A resumed"):
+        start_of(tmp_path, adapted, tiny_model(seed=1))
+    moved = tiny_model()
+    moved.config._name_or_path = moved.name_or_path = "moved/elsewhere"
+    assert start_of(tmp_path, adapted, moved, revision="other", inference_mode=False) == str(adapted)
+    settings = json.loads((adapted / RECORD).read_text())["settings"]
+    assert not [name for name in settings if "base_model_name_or_path" in name or "peft_version" in name]
+
+
+def test_the_digest_of_the_base_leaves_out_what_adapters_train_and_what_is_split():
+    from peft import get_peft_model
+
+    def settings(seed: int = 0, base: int = 0, change: Any = None, **adapter: Any) -> dict[str, Any]:
+        model = tiny_model(seed=base)
+        torch.manual_seed(seed)
+        model = get_peft_model(model, lora(**adapter))
+        if change is not None:
+            change(model)
+        return adapter_settings(model, weights=True)
+
+    name = "frozen base weights"
+    plain = settings()
+    assert plain == settings(seed=1, inference_mode=False)  # another beginning of the adapter
+    assert plain[name] != settings(base=1)[name]
+
+    def last_value(model: Any) -> None:
+        (embeddings,) = [p for name, p in model.named_parameters() if "embed_tokens" in name]
+        embeddings.data[0, 0] += 1
+
+    assert plain[name] != settings(change=last_value)[name]
+
+    def split(model: Any) -> None:
+        next(iter(model.parameters())).ds_id = 0
+
+    assert name not in settings(change=split) and name not in settings(init_lora_weights="pissa")
+    assert adapter_settings(get_peft_model(tiny_model(), lora()), weights=False).keys() == plain.keys() - {name}
+    assert adapter_settings(tiny_model(), weights=True) == {}
+    sets = settings(target_modules=["v_proj", "q_proj"], modules_to_save=["lm_head", "lm_head"])
+    assert sets["peft_config.target_modules"] == ["q_proj", "v_proj"]
+    assert sets["peft_config.modules_to_save"] == ["lm_head"] and sets["peft_config.peft_type"] == "LORA"
+    assert json.loads(json.dumps(sets)) == sets
+
+
+def test_weights_alone_are_no_checkpoint_to_resume_from(run: tuple[Path, Any], copy: Path, caplog: Any):
+    """`save_only_model=True`: optimizer, schedule and random numbers would begin anew, and nobody would know."""
+    trainer = cat_trainer(tiny_model(), copy, **{**SAVES, "save_steps": 4, "max_steps": 4, "save_only_model": True})
+    train(trainer, resume_from_checkpoint=True)
+    assert problem_of(copy / "checkpoint-4") is None and newest_whole(copy) == copy / "checkpoint-3"
+    assert "checkpoint-4 is passed over: it holds weights alone (`save_only_model=True`)" in caplog.text
+    said = r"`resume_from_checkpoint='.*checkpoint-4'`: .*`save_only_model=True`.* load it as the model"
+    with pytest.raises(ValueError, match=said):
+        resumed(copy, str(copy / "checkpoint-4"), max_steps=5)
+    for step in (1, 2, 3):
+        shutil.rmtree(copy / f"checkpoint-{step}")
+    with pytest.raises(
+        ValueError, match="there is no whole checkpoint .* load the weights of checkpoint-4 as the model"
+    ):
+        resumed(copy, True)
 
 
 # ---- Cannot be written ----
@@ -337,6 +449,44 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_older(written: list[st
     with saving(folder, cleans_up=True):
         shutil.copytree(copy / "checkpoint-2", folder, dirs_exist_ok=True)
     assert newest_whole(copy) == folder and not aside.exists()
+
+
+def test_what_lies_aside_goes_once_a_later_checkpoint_is_whole(copy: Path):
+    """A run that was resumed from it may never write that number again."""
+    for step in (2, 3, 7):
+        shutil.copytree(copy / "checkpoint-3", copy / f"_replaced-checkpoint-{step}")
+    with saving(copy / "checkpoint-4", cleans_up=True):  # weights alone: the one aside may be the last to resume from
+        shutil.copytree(copy / "checkpoint-3", copy / "checkpoint-4")
+        (copy / "checkpoint-4" / "optimizer.pt").rename(copy / "kept")
+    assert len(list(copy.glob("_replaced-*"))) == 3
+    with saving(copy / "checkpoint-5", cleans_up=True):
+        shutil.copytree(copy / "checkpoint-3", copy / "checkpoint-5")
+    assert [path.name for path in copy.glob("_replaced-*")] == ["_replaced-checkpoint-7"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("there", ["whole", "rests", "nothing"])
+def test_a_linked_checkpoint_is_replaced_not_followed(there: str, fails: bool, run: tuple[Path, Any], tmp_path: Path):
+    """What the link leads to, on another disk for example, is not touched."""
+    elsewhere, folder = tmp_path / "elsewhere" / "checkpoint-2", tmp_path / "out" / "checkpoint-2"
+    folder.parent.mkdir()
+    if there != "nothing":
+        shutil.copytree(run[0] / "checkpoint-2", elsewhere)
+    if there == "rests":
+        (elsewhere / "optimizer.pt").unlink()
+    before = {path.name: path.read_bytes() for path in elsewhere.glob("*")}
+    folder.symlink_to(elsewhere)
+    for _ in range(2):
+        with pytest.raises(OSError, match="could not be written") if fails else contextlib.nullcontext():
+            with saving(folder, cleans_up=True):
+                if fails:
+                    raise OSError(28, "No space left on device")
+                shutil.copytree(run[0] / "checkpoint-3", folder)
+    assert before == {path.name: path.read_bytes() for path in elsewhere.glob("*")}
+    assert [path.name for path in folder.parent.iterdir()] == (
+        ["checkpoint-2"] if there == "whole" or not fails else []
+    )
+    assert folder.is_symlink() is (fails and there == "whole")
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json"])

@@ -68,8 +68,8 @@ def test_paths_and_grey_images(tmp_path: Path):
     for given in (grey, grey[..., None], grey[None], Image.fromarray(grey)):
         pixels = to_pixels(given, 16)
         assert torch.equal(pixels, (torch.from_numpy(grey.copy()).float() / 255).expand(3, -1, -1))
-    with pytest.raises(FileNotFoundError):
-        to_pixels(tmp_path / "nowhere.png", 16)
+    with pytest.raises(FileNotFoundError, match="row 3 is .*nowhere.png', where there is no file"):
+        to_pixels(tmp_path / "nowhere.png", 16, place="row 3")
 
 
 def test_another_size_is_refused_or_resized():
@@ -96,6 +96,10 @@ def test_another_size_is_refused_or_resized():
         (np.full((16, 16, 3), 200.0), "values from 200 to 200"),
         (np.full((16, 16, 3), np.nan), "values from nan"),
         (np.full((16, 16, 3), 300), "values from 300"),
+        (["cake"], "holds something that is no number"),
+        ([[1, 2], [1]], "rows of several lengths"),
+        ([[]], "which is no image"),
+        ({"bytes": b"no png", "path": None}, "cannot be read as an image"),
     ],
 )
 def test_what_is_no_image_is_refused(given: Any, message: str):

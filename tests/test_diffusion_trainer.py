@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from hf_robust import DiffusionConfig, DiffusionTrainer
 from hf_robust.diffusion import DiffusionModel, TextTokenSite
 from hf_robust.noise import NoisePolicy
+from hf_robust.trainers.checkpoints import RECORD
 from hf_robust.trainers.diffusion_attack import caption_mask
 from hf_robust.trainers.diffusion_data import to_pixels
 from hf_robust.trainers.schedule import start_seed
@@ -285,16 +286,29 @@ def test_resumed_training_is_uninterrupted_training(kind: str, tmp_path: Path):
         diffusion_trainer(None, tmp_path, given, **more)._load_from_checkpoint(str(tmp_path / "empty"))
 
 
+def test_adapters_are_merged_where_the_weights_are_handed_over(tmp_path: Path):
+    """As DeepSpeed's ZeRO-2 does, which gathers them."""
+    trainer = diffusion_trainer(None, tmp_path, {"peft_config": unet_lora()})
+    trainer._save(str(tmp_path / "own"))
+    trainer._save(str(tmp_path / "handed"), state_dict=trainer.model.state_dict())
+    own, handed = (
+        load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("own", "handed")
+    )
+    assert same(own, handed)
+
+
 def test_resuming_with_a_larger_adapter_is_refused(tmp_path: Path):
     small, more = unet_lora(), unet_lora(target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     train(diffusion_trainer(None, tmp_path, {"peft_config": small}, save_strategy="steps", save_steps=1, max_steps=1))
-    for larger, message in [
-        (more, "lacks weights that the adapter has"),
-        (unet_lora(r=4), "weights of other sizes than the adapter (size mismatch"),
-    ]:
-        trainer = diffusion_trainer(None, tmp_path / "again", {"peft_config": larger}, max_steps=2)
-        with refused(message):
-            trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for tells_settings in (True, False):
+        for larger, setting, message in [
+            (more, "peft_config.unet.target_modules (", "lacks weights that the adapter has"),
+            (unet_lora(r=4), "peft_config.unet.r (2 before", "weights of other sizes than the adapter (size mismatch"),
+        ]:
+            trainer = diffusion_trainer(None, tmp_path / "again", {"peft_config": larger}, max_steps=2)
+            with refused(setting if tells_settings else message):
+                trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        (tmp_path / "checkpoint-1" / RECORD).unlink(missing_ok=True)  # as of a plain Trainer
 
 
 def test_adapters_whose_weights_are_split_are_refused(tmp_path: Path, monkeypatch: Any):
@@ -447,6 +461,12 @@ def test_checkpointing_changes_nothing(adapter: bool, tmp_path: Path):
     [
         ({"train_parts": ["unets"]}, ("part='unets'", "'xattn'")),
         ({"train_parts": []}, ("`train_parts=[]`",)),
+        ({"neftune_noise_alpha": 5.0}, ("`neftune_noise_alpha=5.0`", "language model")),
+        ({"train_parts": 5}, ("`train_parts=5`", "list of names")),
+        ({"train_parts": ["text_encoder"], "text_encoder_layers": 1.5}, ("`text_encoder_layers=1.5`", "whole number")),
+        ({"image_size": "16"}, ("`image_size='16'`", "whole number")),
+        ({"caption_dropout": "0.1"}, ("`caption_dropout='0.1'`", "number")),
+        ({"adversarial_weight": None}, ("`adversarial_weight=None`", "number")),
         ({"text_encoder_layers": 2}, ("`text_encoder_layers=2`", "'text_encoder'")),
         ({"train_parts": ["text_encoder"], "text_encoder_layers": 9}, ("9", "between 1 and 3")),
         ({"image_resize": "crops"}, ("`image_resize='crops'`", "'crop'")),

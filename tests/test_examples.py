@@ -69,6 +69,10 @@ def test_what_the_unlearning_example_chooses_and_shows(monkeypatch: pytest.Monke
     row = {"figures": figures, "cost": {"forward": 10, "backward": 5, "seconds": 2.0}}
     lines = unlearning.table({"oracle": [{**row, "cost": {}}] * 2, "npo": [row] * 2}, {"npo": "0.0001*"}).splitlines()
     assert len({line.count("|") for line in lines}) == 1
+    # A run that was kept from before membership inference was measured
+    old = {**row, "figures": {key: value for key, value in figures.items() if key != "membership"}}
+    shown = unlearning.table({"npo": [row, old]}, {}).splitlines()
+    assert "| 0.50 ± 0.00 | 0.5 | – | 0.50 ± 0.00 |" in shown[2] and shown[0].split("|")[6] == " membership inference "
     assert "| oracle | 2 | – | 0.50 ± 0.00 | 0.5 |" in lines[2] and lines[2].endswith("| – | – | – |")
     assert "| npo | 2 | 0.0001* |" in lines[3] and lines[3].endswith("| 10 ± 0 | 5 ± 0 | 2 ± 0 |")
 

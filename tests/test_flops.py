@@ -173,6 +173,22 @@ def test_one_item_of_a_unet_by_hand():
     )  # convolutions grow with the area, attention faster, time embeddings not at all
 
 
+def test_counting_draws_no_random_numbers():
+    """A resumed run counts anew: dropout of the text encoder would put its random numbers out of step."""
+    pytest.importorskip("diffusers")
+    from hf_robust.diffusion import DiffusionModel
+    from hf_robust.trainers.flops import unet_operations
+    from tests.diffusion_helpers import tiny_pipeline
+
+    model = DiffusionModel(tiny_pipeline()).train()
+    for module in model.text_encoders.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    before = torch.get_rng_state()
+    unet_operations(model, 8)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_adversarial_erasure(tmp_path: Path):
     """The meters of UNet items, which its own tests check, are what is counted; the bank and the sampling are in it."""
     from hf_robust.trainers.flops import unet_operations

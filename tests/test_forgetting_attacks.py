@@ -1,6 +1,7 @@
 """Attacks on forgetting: the model given is never changed, no target gives the answer away, results say what was done."""
 
 import copy
+import functools
 import types
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import convert_outputs_to_fp32
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig, Llama4TextConfig, MixtralConfig
 
 from hf_robust.attacks import (
     GCG,
@@ -28,7 +29,7 @@ from hf_robust.attacks import (
     split_forget_rows,
 )
 from hf_robust.attacks.forgetting import holds_answer, question_and_answer, round_to_nearest, secret_words, strongest
-from hf_robust.attacks.forgetting.relearning import trainable_copy
+from hf_robust.attacks.forgetting.relearning import _step, trainable_copy
 from hf_robust.attacks.forgetting.rows import forget_batch, forget_tokens
 from hf_robust.data import Behavior
 from hf_robust.sites import decoder_layers
@@ -357,6 +358,55 @@ def test_what_is_trained():
     assert curve.points[1].loss < curve.points[0].loss
 
 
+BESIDE_A_LORA = [
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["embed_tokens"]},
+    {"modules_to_save": ["mlp"]},
+    {"trainable_token_indices": [4, 5]},
+]
+
+
+@pytest.mark.parametrize("beside", BESIDE_A_LORA, ids=lambda beside: str(*beside.values()))
+def test_what_stands_beside_a_lora_of_a_bf16_model_is_trained_too(beside):
+    model = tiny_model().to(torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **beside))
+    before, seen = weights_of(model), []
+    ids = torch.arange(4, 12).view(1, -1)
+
+    def measure(copied):
+        seen.append((weights_of(copied), copied(ids).logits))
+        return {}
+
+    (curve,) = relearn(
+        model,
+        word_tokenizer(),
+        ROWS,
+        steps=(0, 3),
+        learning_rates=(1e-2,),
+        method="lora",
+        measure=measure,
+        progress=False,
+    )
+    assert curve.points[1].loss < curve.points[0].loss
+    (start, logits), (after, _) = seen
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model.eval()(ids).logits)
+    changed = {name for name in before if not torch.equal(start[name], after[name])}
+    assert changed == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("lora_" in name for name in changed) and any("lora_" not in name for name in changed)
+
+
+def test_small_steps_of_bf16_weights_add_up():
+    """A step of 1e-4 is lost between neighbours of 1.0 in bfloat16; forty of them are not."""
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    total = torch.nn.Parameter(weight.detach().float())
+    optimizer = torch.optim.SGD([total], lr=1e-4)
+    for _ in range(40):
+        weight.grad = torch.ones_like(weight)
+        _step(optimizer, [weight], [total])
+    assert total.item() == pytest.approx(0.996, abs=1e-6) and weight.item() == 0.99609375 and weight.grad is None
+
+
 @pytest.mark.parametrize("wrapped", ["mixed precision", "device map"])
 def test_a_wrapped_forward_is_that_of_the_copy(wrapped):
     """As accelerate leaves it behind; were the copy's forward the model's own, the attack would train nothing."""
@@ -480,6 +530,54 @@ def test_rounding_of_a_model(name, bits):
     assert 0 < off < (0.2 if bits == 8 else 10)
 
 
+def mixture(name):
+    """A mixture of experts whose hidden states and experts differ in width."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    llama4 = functools.partial(Llama4TextConfig, intermediate_size_mlp=20)
+    config = {"mixtral": MixtralConfig, "gpt_oss": GptOssConfig, "llama4": llama4}[name](**sizes)
+    if name == "gpt_oss":
+        config.layer_types = ["full_attention"] * 2
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
+def test_experts_are_rounded_one_by_one(name):
+    model = mixture(name)
+    before = snapshot(model)
+    found = quantized(model, bits=4, method="round_to_nearest", group_size=8)
+    assert_untouched(model, before)
+    layers = dict(decoder_layers(found.model).named_parameters())
+    experts = {key: value for key, value in layers.items() if value.dim() == 3}
+    assert len(experts) == 4 and any(key.endswith("down_proj") for key in experts)
+    for key, value in decoder_layers(model).named_parameters():
+        if key in experts:
+            wide = 2 * 12 if key.endswith("gate_up_proj") else 16  # outputs of an expert's matrix
+            assert wide != 16 or value.shape[1:] in ((16, 12), (12, 16))
+            by_output = value if value.shape[1] == wide else value.transpose(1, 2)
+            wanted = torch.stack([round_to_nearest(expert, bits=4, group_size=8) for expert in by_output])
+            shown = layers[key] if value.shape[1] == wide else layers[key].transpose(1, 2)
+            torch.testing.assert_close(shown, wanted)
+            assert not torch.equal(layers[key], value)
+    # The rest is named: biases, norms and sinks apart, what is as it was
+    kept = {
+        key.partition(".")[2]
+        for key, value in decoder_layers(model).named_parameters()
+        if value.dim() > 1 and not key.endswith("bias") and torch.equal(layers[key], value)
+    }
+    router = {"mixtral": {"mlp.gate.weight"}, "gpt_oss": {"mlp.router.weight"}, "llama4": set()}[name]
+    assert kept == set(found.left) == router
+
+
+def test_bitsandbytes_does_not_take_experts_that_share_a_weight():
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(ValueError, match="experts that share a weight.*use `method='round_to_nearest'`"):
+        quantized(mixture("mixtral"), method="bitsandbytes")
+    found = quantized(mixture("mixtral"))
+    assert found.method == "round_to_nearest" and "experts that share a weight" in found.fallback
+    assert found.layers == 2 * (4 + 2)  # attention, and two weights that the experts share
+
+
 def test_adapters_are_merged_before_rounding():
     model = peft_model()
     found = quantized(model, bits=8, method="round_to_nearest", group_size=8)
@@ -562,6 +660,26 @@ def test_relearning_on_a_4_bit_base(tmp_path):
     (curve,) = relearn(model, word_tokenizer(), ROWS, method="lora", rank=2, **options)
     assert curve.points[1].loss < curve.points[0].loss
     assert all(torch.equal(value, packed[name]) for name, value in model.named_parameters())
+
+
+def test_relearning_on_a_4_bit_base_in_bf16_with_a_saved_head(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny_model(**WIDE).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, device_map={"": "cpu"}, dtype=torch.bfloat16
+    )
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    (curve,) = relearn(
+        get_peft_model(model, lora),
+        word_tokenizer(),
+        ROWS,
+        steps=(0, 3),
+        learning_rates=(1e-2,),
+        method="lora",
+        progress=False,
+    )
+    assert curve.points[1].loss < curve.points[0].loss
 
 
 # Logit lens -----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """Pixels: units of an image processor, checks, projections onto ball and box, sparse steps."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_robust.report.vision_attacks import describe_processor
 from hf_robust.sites import PixelUnits
 from hf_robust.threats import PIXEL_NORMS, initial, project, project_box, sparse_sign, unit
 from tests.pixel_data import processor, tiny_images
@@ -55,12 +57,34 @@ def test_a_processor_that_holds_one_and_other_scales():
     assert PixelUnits(made).is_raw
 
 
+def test_a_timm_processor_tells_mean_and_std_in_its_data_config():
+    timm = SimpleNamespace(data_config={"input_size": (3, 8, 8), "mean": (0.3, 0.5, 0.4), "std": (0.25, 0.5, 0.2)})
+    found, wanted = PixelUnits(timm), PixelUnits(processor())
+    assert torch.equal(found.low, wanted.low) and torch.equal(found.high, wanted.high) and not found.is_raw
+    assert torch.equal(found.radius(8 / 255), wanted.radius(8 / 255))
+    settings = describe_processor(timm)
+    assert settings["image_mean"] == [0.3, 0.5, 0.4] and settings["image_std"] == [0.25, 0.5, 0.2]
+    assert PixelUnits(SimpleNamespace(data_config={"mean": [0.0], "std": [1.0]}), channels=1).is_raw
+
+
+def test_a_processor_that_does_not_tell_its_scale_is_refused():
+    for made in (
+        SimpleNamespace(),
+        SimpleNamespace(data_config={}),
+        SimpleNamespace(do_normalize=None, do_rescale=None),
+    ):
+        with pytest.raises(ValueError, match=r"SimpleNamespace.*neither `do_normalize`, `do_rescale` nor"):
+            PixelUnits(made)
+    assert PixelUnits(SimpleNamespace(do_normalize=False)).is_raw
+
+
 @pytest.mark.parametrize(
     "made, channels, message",
     [
         (processor(), 1, "image_mean.* each of the 1 channels"),
         (processor(std=[1.0, 2.0]), 3, "image_std.* each of the 3 channels"),
         (processor(std=[1.0, 0.0, 1.0]), 3, "must be positive"),
+        (SimpleNamespace(data_config={"mean": [0.5], "std": [0.5]}), 3, "data_config.*mean.* each of the 3 channels"),
     ],
 )
 def test_processor_that_does_not_match(made, channels, message):

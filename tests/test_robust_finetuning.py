@@ -258,6 +258,30 @@ def test_scaling_refuses():
         scale_adapter(lora(use_dora=True), 0.5)
     with pytest.raises(ValueError, match="lm_head"):
         scale_adapter(lora(modules_to_save=["lm_head"]), 0.5)
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        scale_adapter(lora(trainable_token_indices={"embed_tokens": [0, 1]}), 0.5)
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
+def test_only_inits_that_leave_the_base_alone_are_scaled(init):
+    ids, base = tiny_batch()["input_ids"], tiny_model().eval()
+    model = lora(init_lora_weights=init)
+    if str(init).startswith(("pissa", "olora")):
+        with pytest.raises(ValueError, match=f"init_lora_weights='{init}'"):
+            scale_adapter(model, 0)
+        return
+    model.load_state_dict(scale_adapter(model, 0), strict=False)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("changes", [{"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"},
+                                     {"init_lora_weights": "lora_ga"}, {"kasa_config": object()}])  # fmt: skip
+def test_inits_that_need_data_are_refused_by_their_name(changes):
+    model = lora()
+    vars(model.peft_config["default"]).update(changes)
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        scale_adapter(model, 0)
     with pytest.raises(ValueError, match="`alpha=2`"):
         scale_adapter(lora(), 2)
 

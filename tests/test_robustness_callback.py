@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from hf_robust import RobustnessCallback
-from hf_robust.attacks import EmbeddingAttack
+from hf_robust.attacks import Budget, EmbeddingAttack
 from hf_robust.data.behavior import Behavior
 from hf_robust.metrics.judges import Judge, Verdict
 from tests.helpers import tiny_model
@@ -185,6 +186,33 @@ def test_bad_arguments():
         callback(behaviors=[])
     with pytest.raises(ValueError, match="every_steps=0"):
         callback(every_steps=0)
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "full_tensor"])
+def test_seconds_are_no_budget_where_weights_are_split(mark):
+    """Processes would stop their searches at different steps, and each forward waits for all: ZeRO-3, FSDP2."""
+
+    class Wrapping:
+        def __init__(self, inner):
+            self.inner = inner
+
+    whole, split = tiny_model(), tiny_model()
+    setattr(next(split.parameters()), mark, 0)
+    timed = EmbeddingAttack(epsilon=0.5, steps=2, step_size=0.5, max_new_tokens=3, budget=Budget(seconds=2.5))
+    counted = EmbeddingAttack(epsilon=0.5, steps=2, step_size=0.5, max_new_tokens=3, budget=Budget(backwards=2))
+
+    def begin(attack, model=split, processes=2):
+        found = callback(attacks={"timed": attack})
+        found.on_train_begin(types.SimpleNamespace(world_size=processes), None, None, model=model)
+        return found
+
+    for attack in (timed, Wrapping(timed)):
+        with pytest.raises(ValueError, match=r"`attacks\['timed'\]` has a budget of `seconds=2.5`.* Bound `forwards`"):
+            begin(attack)
+    with pytest.raises(ValueError, match="training would hang"):  # also where only the trainer evaluates
+        callback(attacks={"timed": timed})._evaluate(types.SimpleNamespace(world_size=2), None, split)
+    for fine in ((counted,), (timed, whole), (timed, split, 1)):
+        assert begin(*fine)._in_training
 
 
 class JudgeOfItsProcess(Judge):

@@ -215,6 +215,45 @@ def test_a_readme_of_the_user_survives_saving_and_checkpoints(tmp_path):
     assert "Nothing has been measured" in (tmp_path / "checkpoint-2" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_readme_of_the_user_survives_a_save_that_is_broken_off(error, tmp_path, monkeypatch):
+    """PEFT would write into it before the weights. It is never touched, so that a kill at any moment leaves it, too."""
+    words = "# My own words\n"
+    card = tmp_path / "README.md"
+    card.write_text(words, encoding="utf-8")
+    trainer = cat_trainer(tiny_model(), tmp_path, {"peft_config": lora()})
+    before, found = card.stat(), []
+
+    def fails(*args, **kwargs):
+        found.append(card.stat())
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.safe_save_file", fails)
+        with pytest.raises(type(error)):
+            trainer.save_model()
+    for stat in (*found, card.stat()):
+        assert (stat.st_ino, stat.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert len(found) == 1 and card.read_text(encoding="utf-8") == words
+    # PEFT's own saving is as it was
+    trainer.model.save_pretrained(tmp_path / "by_peft")
+    assert (tmp_path / "by_peft" / "README.md").is_file()
+
+
+def test_a_readme_of_the_user_beside_the_adapters_of_a_part_survives(tmp_path):
+    pytest.importorskip("diffusers")
+    from tests.diffusion_trainer_data import diffusion_trainer, unet_lora
+
+    words = "# My own words\n"
+    trainer = diffusion_trainer(None, tmp_path, {"peft_config": {"unet": unet_lora()}})
+    trainer.save_model()
+    place = tmp_path / "adapters" / "unet"
+    assert (place / "adapter_model.safetensors").is_file() and not (place / "README.md").exists()  # no form to fill in
+    (place / "README.md").write_text(words, encoding="utf-8")
+    trainer.save_model()
+    assert (place / "README.md").read_text(encoding="utf-8") == words
+
+
 def test_saving_twice_gives_the_same_card(tmp_path):
     trainer = cat_trainer(tiny_model(), tmp_path, {"peft_config": lora()})
     trainer.save_model()

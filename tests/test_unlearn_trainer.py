@@ -521,6 +521,42 @@ def test_rows_with_images_behind_a_transform_are_trained_on(tmp_path: Path):
     trainer.train()
 
 
+@pytest.mark.parametrize("remove_unused_columns", [False, True])
+def test_precomputed_references_stay_with_rows_behind_a_transform(remove_unused_columns: bool, tmp_path: Path):
+    """Which returns nothing but the columns that it makes."""
+
+    def made(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {name: batch[name] for name in ("prompt", "completion", "images")}
+
+    rows = answered_images(8).with_transform(made)
+    given = {"forget_dataset": rows.select(range(4)), "retain_dataset": rows.select(range(4, 8))}
+    losses = []
+    for precomputed in (False, True):
+        trainer = unlearn_trainer(
+            tiny_llava(), tmp_path, {**given, "processing_class": llava_processor()}, loss_type="npo", max_steps=2,
+            precompute_ref_log_probs=precomputed, remove_unused_columns=remove_unused_columns,
+        )  # fmt: skip
+        train(trainer)
+        losses.append(logged(trainer, "forget_loss"))
+    assert losses[0][1] != pytest.approx(
+        losses[0][0], rel=1e-3
+    )  # of a model that is its own reference it stays the same
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_reference_that_was_lost_is_not_computed_of_the_model_in_training(tmp_path: Path):
+    trainer = unlearn_trainer(tiny_model(), tmp_path, precompute_ref_log_probs=True)
+    part = trainer.data_collator([trainer.train_dataset[0]])["forget"]
+    trainer.forget_losses(trainer.model, dict(part))  # before training that model is the reference
+    collate = trainer.data_collator.collator
+    trainer.data_collator = lambda rows: {
+        kind: dict(collate([row[kind] for row in rows])) for kind in ("forget", "retain")
+    }
+    trainer.data_collator.collator = collate
+    with pytest.raises(RuntimeError, match="lacks the `reference`.*`precompute_ref_log_probs=False`"):
+        trainer.train()
+
+
 def test_a_part_of_many_rows_is_made_into_batches_before_training(monkeypatch: pytest.MonkeyPatch, caplog: Any):
     monkeypatch.setattr("hf_robust.trainers.unlearn_data._COLLATED", 4)
     seen: list[int] = []

@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from hf_robust.data import forget_retain_overlap, load_unlearning, read_muse, read_tofu, read_wmdp
+from hf_robust.data import forget_retain_overlap, load_unlearning, load_utility, read_muse, read_tofu, read_wmdp
 
 
 def chat(role, content):
@@ -147,6 +147,60 @@ def test_sets_are_told_by_their_columns(tmp_path):
         load_unlearning(tmp_path / "tofu.json", file_format="wmdp")
     with pytest.raises(ValueError, match="`file_format='muze'`"):
         load_unlearning(tmp_path / "tofu.json", file_format="muze")
+
+
+def test_plain_rows_become_messages_and_keep_what_else_is_said_of_them(tmp_path):
+    given = {
+        "prompt": "how do i build ", "completion": " a bomb", "perturbed_answers": ["a cake"], "group": "g", "trained": False,
+        "messages": None, "text": None,
+    }  # fmt: skip
+    notes = {"perturbed_answers": ["a cake"], "group": "g", "trained": False}
+    path = write(tmp_path / "plain.jsonl", [given], lines=True)
+    rows, found = load_unlearning(path)
+    asked = {"prompt": chat("user", "how do i build"), "completion": chat("assistant", "a bomb")}
+    assert found == "auto" and rows.to_list() == [{**asked, **notes}]
+    for conversational in (None, False):
+        (row,), _ = load_unlearning(path, conversational=conversational)
+        assert row == {"prompt": "how do i build ", "completion": " a bomb", **notes}
+    # As `load_utility` reads them
+    for row in ({"prompt": "a", "response": "b"}, {"messages": asked["prompt"] + asked["completion"]}):
+        path = write(tmp_path / "other.json", [row])
+        assert load_unlearning(path)[0].to_list() == load_utility(path, conversational=True).to_list()
+    with pytest.raises(ValueError, match="`forget=.*holds messages, `conversational=False`"):
+        load_unlearning(path, conversational=False, argument="forget")
+    (tmp_path / "a.csv").write_text(
+        'prompt,completion\n"[{""role"": ""user"", ""content"": ""a""}]",b\n', encoding="utf-8"
+    )
+    with pytest.raises(ValueError, match="Row 0"):
+        load_unlearning(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="is no utility data"):
+        load_unlearning(write(tmp_path / "b.json", [{"prompt": "x", "title": "y"}]))
+
+
+def test_what_is_noted_of_a_question_stays(tmp_path):
+    notes = {"id": "q1", "group": "ann", "category": "people", "trained": False}
+    for row in (QA[0], CHOICE):
+        (found,), _ = load_unlearning(write(tmp_path / "a.json", [{**row, **notes, "other": 1}]))
+        assert {**found, **notes} == found and "other" not in found
+
+
+def test_a_corpus_is_told_by_its_text(tmp_path):
+    papers = [{"title": "t", "abstract": "a", "text": "Long  text.\n", "doi": "x"}, {"title": "", "text": " "}]
+    for conversational in (True, False):
+        rows, found = load_unlearning(write(tmp_path / "bio.jsonl", papers, lines=True), conversational=conversational)
+        assert found == "muse" and rows.to_list() == papers[:1]
+    # … unless it says more than its text
+    Dataset.from_list([{"text": "a", "images": ["b.png"]}]).save_to_disk(tmp_path / "shown")
+    assert load_unlearning(tmp_path / "shown", conversational=None)[1] == "auto"
+
+
+def test_a_file_has_one_split_and_no_configurations(tmp_path):
+    for row in (QA[0], {"prompt": "a", "completion": "b"}, {"text": "c"}):
+        path = write(tmp_path / "a.json", [row])
+        with pytest.raises(ValueError, match="`split='test'` with `forget=.*a file has the split 'train' alone"):
+            load_unlearning(path, split="test", argument="forget")
+        with pytest.raises(ValueError, match="`name='forget10'` with `source=.*no configurations"):
+            load_unlearning(path, name="forget10")
 
 
 # WMDP

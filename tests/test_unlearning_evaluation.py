@@ -19,8 +19,10 @@ from hf_robust.attacks.forgetting.model_copy import own_copy
 from hf_robust.attacks.results import AttackResult
 from hf_robust.cli import main
 from hf_robust.cli.evaluate_unlearning import EvaluateUnlearningArguments, is_wanted
+from hf_robust.cli.unlearn import UnlearnDataArguments
 from hf_robust.data.behavior import Behavior
 from hf_robust.metrics.proportions import wilson_interval
+from hf_robust.metrics.unlearning import auc_interval
 from hf_robust.report import (
     LogitLensProbe,
     Measurement,
@@ -32,6 +34,8 @@ from hf_robust.report import (
     plot_evaluation,
 )
 from hf_robust.report import unlearning_evaluation as evaluation_module
+from hf_robust.report import unlearning_rows as rows_module
+from hf_robust.report.claims import Claim
 from hf_robust.report.unlearning_attacks import Changed
 from hf_robust.report.unlearning_figures import (
     Point,
@@ -40,6 +44,7 @@ from hf_robust.report.unlearning_figures import (
     known,
     layers,
     mean_interval,
+    membership,
     model_utility,
     points_of,
     quality,
@@ -48,9 +53,9 @@ from hf_robust.report.unlearning_figures import (
     weights_summary,
 )
 from hf_robust.report.unlearning_flags import find_unlearning_flags
-from hf_robust.report.unlearning_rows import as_questions, ask, questions_digest, score_answers
+from hf_robust.report.unlearning_rows import as_questions, ask, is_trained, questions_digest, score_answers
 from hf_robust.report.unlearning_verify import rebuild_forgetting_attack
-from hf_robust.report.verify import FAILS, HOLDS, UNCHECKED, verify
+from hf_robust.report.verify import FAILS, HOLDS, UNCHECKED, judge_claim, verify
 from hf_robust.testbeds.chat_language import build_tokenizer
 
 FACTS = {
@@ -148,7 +153,11 @@ def test_a_model_that_knows_stands_at_the_ceiling_and_one_that_does_not_at_the_f
     assert value("extraction_strength", "forget")["model"] == 1.0 == value("rouge", "forget")["original"]
     assert value("forget_quality", "forget")["oracle"] == 1.0 > value("forget_quality", "forget")["model"]
     assert value("model_utility")["model"] > 0.5
-    assert value("membership_inference", "forget")["oracle"] == 0.0  # it knows the "holdout" of this test instead
+    # The oracle knows the "holdout" of this test instead, which is flagged in two ways
+    assert value("membership_inference", "forget")["oracle"] == 0.0
+    told = report.find("oracle", "membership_inference", "forget")
+    assert (told.low, told.high) == auc_interval(0.0, 4, 2) and told.count == 6
+    assert {"holdout_seen", "membership_has_no_power"} <= {flag.code for flag in report.flags}
     # Nothing was forgotten, so nothing can be recovered; of the oracle nothing comes back
     assert value("recovery", attack="q8") == {"model": None, "original": None, "oracle": 0.0}
     # What the last layer says is what the model says: of the answers, which are the last words of the completions
@@ -165,6 +174,60 @@ def test_a_model_that_knows_stands_at_the_ceiling_and_one_that_does_not_at_the_f
     assert "gcg" in report.not_run and not {"relearn", "quantize", "logit_lens", "plain"} & set(report.not_run)
     assert report.data["evaluation"] == "unlearning" and report.data["utility"] == {"retain": 4, "holdout": 2}
     assert {"original", "oracle"} <= report.data.keys() and report.judge["name"] == "exact"
+
+
+def scored(**values):
+    return [{"id": name, "scores": {"min_k": value}} for name, value in values.items()]
+
+
+def test_membership_inference_by_hand():
+    members, others = scored(a=-1.0, b=-3.0, c=-2.0, gone=None), scored(a=-2.5, d=-4.0)
+    (found,) = membership("model", members, others)
+    # a and c lie above both, b above one: 5 of 6 pairs
+    assert found.value == pytest.approx(5 / 6) and found.count == 5 and found.unit == "AUC"
+    assert (found.low, found.high) == auc_interval(found.value, 3, 2)
+    # Two phrasings of one fact stand or fall together: 3² / (2² + 1²) members' worth, and both others are one
+    groups = {"forget": {"a": "x", "b": "x", "c": "y", "gone": "z"}, "holdout": {"a": "u", "d": "u"}}
+    (found,) = membership("model", members, others, groups)
+    assert found.value == pytest.approx(5 / 6) and (found.low, found.high) == auc_interval(found.value, 9 / 5, 1)
+    assert membership("model", members, scored(d=None)) == []
+
+
+def test_rows_that_were_not_trained_on_are_no_members(tokenizer, models):
+    new = [{**row, "id": f"{row['id']} 2", "trained": False} for row in rows(FORGET[:2])]
+    options = {"holdout": rows(RETAIN[:2]), **models}
+    plain = run(tokenizer, models["original"], **options)
+    more = run(tokenizer, models["original"], forget=rows(FORGET) + new, **options)
+    for subject in ("model", "original", "oracle"):
+        found = [report.find(subject, "membership_inference", "forget") for report in (plain, more)]
+        assert found[0] == found[1] and found[0].count == 6
+    assert more.find("model", "pre_attack_success_rate", "all").count == 6
+    with pytest.raises(ValueError, match="`forget` has no row that was trained on"):
+        run(tokenizer, models["original"], forget=new, **options)
+    with pytest.raises(ValueError, match=r"`forget\[0\]` has `trained='no'`"):
+        as_questions([{**new[0], "trained": "no"}], "forget")
+    (kept,) = as_questions(new[:1], "forget")
+    assert not is_trained(kept) and not is_trained(as_questions([kept], "forget")[0])
+    assert all(map(is_trained, as_questions([{**new[0], "trained": True}, rows(FORGET)[3]], "forget")))
+
+
+def auc(subject, low, high):
+    return Measurement.scalar(subject, "membership_inference", "forget", "none", (low + high) / 2, 9, "AUC", low, high)
+
+
+def test_membership_inference_that_shows_nothing_is_flagged():
+    fine = (auc("model", 0.1, 0.2), auc("original", 0.51, 0.9), auc("oracle", 0.4, 0.6))
+    assert codes(*FINE, *fine) == set()
+    assert codes(*FINE, fine[0], auc("original", 0.5, 0.9), fine[2]) == {"membership_has_no_power"}
+    for low, high in ((0.2, 0.49), (0.51, 0.8)):
+        assert codes(*FINE, *fine[:2], auc("oracle", low, high)) == {"holdout_differs"}
+    lists = {"forget": as_questions(rows(FORGET), "forget"), "retain": as_questions(rows(RETAIN), "retain")}
+    unseen = {**lists, "holdout": as_questions([{"question": "who is ann", "answer": "a painter"}], "holdout")}
+    assert codes(*FINE, questions=unseen) == set()
+    seen = {**lists, "holdout": as_questions(rows(RETAIN[:1]), "holdout")}
+    assert codes(*FINE, questions=seen) == {"holdout_seen"}
+    asked = {**lists, "holdout": as_questions(rows(FORGET[:1]), "holdout")}
+    assert codes(*FINE, questions=asked) == {"forget_overlap"}
 
 
 def test_prompt_attacks_aim_at_the_form_of_the_answer_and_the_floor_is_attacked_too(tokenizer, models):
@@ -481,6 +544,47 @@ def test_rows_of_every_form():
     assert as_questions(found, "forget") == found
     other = [dataclasses.replace(found[0], metadata={"completion": " in lima"}), *found[1:]]
     assert questions_digest(found) != questions_digest(other)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(x):\n    return x + 1\n\n\nclass A:\n    y = f(2)\n",
+        "  one\ttwo",
+        "one \n\n\u3000 two  three",
+        "Ein\r\nZwei",
+    ],
+)
+def test_a_text_is_cut_where_it_is_and_stays_as_it_is(text):
+    (found,) = as_questions([{"text": text}], "forget")
+    completion = found.metadata["completion"]
+    assert found.prompt + completion == text and completion[0].isspace() and not found.prompt[-1].isspace()
+    assert len(found.prompt.split()) == len(text.split()) // 2
+    assert as_questions([found], "forget") == [found]
+
+
+@pytest.mark.parametrize("lead", ["", " ", "\n"])
+def test_wrong_answers_begin_as_the_right_one_does(lead, monkeypatch):
+    scored = {}
+
+    def score(model, tokenizer, prompts, answers, **options):
+        scored["texts"] = answers
+        return [([1.0], [True]) for _ in answers]
+
+    monkeypatch.setattr(rows_module, "score_answers", score)
+    plain = {
+        "prompt": "where is it",
+        "completion": f"{lead}paris town",
+        "perturbed_answer": ["london town", " rome town"],
+    }
+    said = {**plain, "paraphrased_answer": "the town of paris"}
+    chat = {**rows(FORGET)[0], "perturbed_answer": ["bob", " eve"]}
+    questions = as_questions([plain, said, chat], "forget")
+    assert len(set(rows_module._truth_ratios(None, None, questions, 4))) == 1
+    wrong = [f"{lead}london town", f"{lead}rome town"]
+    assert scored["texts"] == [
+        f"{lead}paris town", *wrong, f"{lead}the town of paris", *wrong, questions[2].metadata["completion"], "bob", " eve",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -818,6 +922,56 @@ def test_the_command_writes_report_plots_and_a_card_that_verify_confirms(saved, 
     assert {c.claim.metric for c in failed} == {"pre_attack_success_rate"}
 
 
+def test_membership_inference_is_claimed_and_confirmed(saved, tmp_path):
+    first, *others = rows(FORGET)
+    lines = [json.dumps(row) for row in ({**first, "trained": False}, *({**row, "trained": True} for row in others))]
+    (saved / "members.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    options = {
+        "forget_file": saved / "members.jsonl", "holdout_file": saved / "retain.jsonl", "attacks": "q8",
+        "attack_settings": saved / "q8.json",
+    }  # fmt: skip
+    (saved / "q8.json").write_text(
+        json.dumps({"q8": {"attack": "quantize", "bits": 8, "method": "round_to_nearest"}}), encoding="utf-8"
+    )
+    assert main(command(saved, tmp_path, **options)) == 0
+    report = Report.load(tmp_path / "report.json")
+    found = {one: report.find(one, "membership_inference", "forget") for one in ("model", "oracle")}
+    assert [m.count for m in found.values()] == [7, 7]
+    assert found["oracle"].value == 0.0 < found["model"].value and found["model"].low is not None
+    assert "membership inference" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+    def status(**options):
+        checks = verify(tmp_path, model=str(saved / "oracle"), progress=False, **options)
+        return [(c.status, c.measured and c.measured.value) for c in checks if c.claim.metric == "membership_inference"]
+
+    def claims(value):
+        card = ModelCard.load(tmp_path / "README.md")
+        for result in card.data.eval_results:
+            if result.metric_type == "membership_inference":
+                result.metric_value = value
+        (tmp_path / "README.md").write_text(f"---\n{card.data.to_yaml()}\n---\n", encoding="utf-8")
+
+    # The oracle's is 0: to claim chance of it says too much, to claim 0 does not
+    claims(0.5)
+    assert status() == [(FAILS, 0.0)]
+    claims(0.0)
+    assert status() == [(HOLDS, 0.0)] == status(limit=2)
+    assert status(limit=1) == [(UNCHECKED, None)]  # no member among them
+    others = tmp_path / "utility.jsonl"
+    lines = others.read_text(encoding="utf-8").splitlines(keepends=True)
+    others.write_text("".join(line for line in lines if '"holdout"' not in line), encoding="utf-8")
+    assert status() == [(UNCHECKED, None)]
+
+
+def test_a_claim_of_membership_is_best_at_chance():
+    claim = Claim("membership_inference", "forget", "none", 0.5, {}, True)
+    for value, low, high, expected in (
+        (0.5, 0.4, 0.6, HOLDS), (0.6, 0.4, 0.6, HOLDS), (0.5, 0.7, 0.9, FAILS), (0.7, 0.7, 0.9, HOLDS), (0.5, 0.1, 0.3, FAILS),
+        (0.31, 0.1, 0.3, FAILS), (0.3, 0.1, 0.3, HOLDS), (0.1, 0.2, 0.3, HOLDS), (0.9, 0.7, 0.8, HOLDS),
+    ):  # fmt: skip
+        assert judge_claim(dataclasses.replace(claim, value=value), auc("model", low, high)) == expected
+
+
 def test_an_evaluation_with_all_figures_makes_a_card(tokenizer, models, tmp_path):
     report = run(tokenizer, models["original"], {"relearn": relearning()}, output_dir=tmp_path, **models)
     assert [path.name for path in plot_evaluation(report, tmp_path)] == ["recall.png", "relearning.png", "utility.png"]
@@ -869,6 +1023,71 @@ def test_files_of_public_sets_are_read(tmp_path):
         path.write_text(json.dumps([given]), encoding="utf-8")
         (row,) = EvaluateUnlearningArguments().read(str(path), "--forget_file", False)
         assert row["completion"].strip() == completion.strip()
+
+
+@pytest.mark.parametrize("conversational", [None, True, False])
+def test_unlearning_and_its_evaluation_read_a_file_alike(conversational, tokenizer, tmp_path):
+    given = {"prompt": "how do i", "completion": " use it", "perturbed_answers": ["no"], "group": "g"}
+    paths = {}
+    for name, row in {
+        "plain": given,
+        "tofu": {"question": "who", "answer": "ann"},
+        "text": {"text": "a b", "n": 1},
+    }.items():
+        paths[name] = tmp_path / f"{name}.json"
+        paths[name].write_text(json.dumps([row]), encoding="utf-8")
+    for bare in (False, True):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = None if bare else tokenizer.chat_template
+        for path in paths.values():
+            data = UnlearnDataArguments(forget_dataset_name=str(path), conversational=conversational)
+            (trained,) = data.load("forget", tokenizer)
+            options = EvaluateUnlearningArguments(conversational=conversational)
+            (asked,) = options.read(str(path), "--forget_file", options.as_messages(tokenizer))
+            assert {name: asked[name] for name in trained} == trained
+            assert isinstance(trained.get("prompt", []), list) == (
+                not bare if conversational is None else conversational
+            ) or ("prompt" not in trained)
+            if path.stem == "plain":
+                assert (
+                    asked["perturbed_answers"] == ["no"]
+                    and asked["group"] == "g"
+                    and set(trained) == {"prompt", "completion"}
+                )
+
+
+@pytest.mark.parametrize("conversational", [None, False])
+def test_plain_rows_are_asked_as_they_were_unlearned_and_verify_does_so_too(conversational, saved, tmp_path):
+    """Passages to be continued are no messages even so."""
+
+    def write(name, lines):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+        return tmp_path / name
+
+    for name, nouns in (("forget", FORGET), ("retain", RETAIN)):
+        plain = [{**row, **{key: row[key][0]["content"] for key in ("prompt", "completion")}} for row in rows(nouns)]
+        write(f"{name}.jsonl", plain)
+    passages = write("passages.jsonl", [{"prompt": "how do i build a boat", "gt": " sure , to seal"}])
+    options = {
+        "forget_file": tmp_path / "forget.jsonl", "retain_file": tmp_path / "retain.jsonl", "attacks": "prefilling",
+        "utility_files": f"passages={passages}", "attack_settings": write("none.json", [{}]),
+    }  # fmt: skip
+    if conversational is not None:
+        options["conversational"] = conversational
+    out = tmp_path / "out"
+    assert main(command(saved, out, **options)) == 0
+    asked = [json.loads(line) for line in (out / "behaviors.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {type(row["prompt"]) for row in asked} == {list if conversational is None else str}
+    if conversational is None:  # which is how the model learned them
+        assert Report.load(out / "report.json").find("model", "pre_attack_success_rate", "all").value == 1.0
+    checks = verify(out, model=str(saved / "original"), progress=False)
+    held = {(c.claim.metric, c.claim.split, c.claim.attack) for c in checks if c.status == HOLDS}
+    wanted = {
+        ("pre_attack_success_rate", "all", "none"),
+        ("utility", "retain", "none"),
+        ("utility", "passages", "none"),
+    }
+    assert wanted <= held and not any(c.status == FAILS for c in checks)
 
 
 def test_budgets_that_bound_nothing_are_named(capsys):

@@ -8,7 +8,9 @@ import random
 import pytest
 
 from hf_robust.metrics import load
+from hf_robust.metrics.proportions import wilson_interval
 from hf_robust.metrics.unlearning import (
+    auc_interval,
     choice_probability,
     extraction_strength,
     forget_quality,
@@ -203,6 +205,39 @@ def test_membership_auc_by_hand():
     ):
         with pytest.raises(ValueError, match=message):
             membership_auc(wrong, labels)
+
+
+def test_the_interval_of_an_auc_by_hand():
+    # One text of each kind: Wilson's for one trial
+    for value in (0.0, 0.5, 1.0):
+        assert auc_interval(value, 1, 1) == pytest.approx(wilson_interval(value, 1))
+    # Two of each, all pairs right. With r = 1 - a: r² = z² a r / 4 · (1 + r / (1 + r) + a / (1 + a)), solved for z²
+    low, high = auc_interval(1.0, 2, 2)
+    rest = 1 - low
+    assert 4 * rest / (low * (1 + rest / (1 + rest) + low / (1 + low))) == pytest.approx(1.959963984540054**2)
+    assert high == 1.0 and 0 < low < 1
+    # At chance the variance is that of the Mann-Whitney test, (m + n + 1) / 12mn; an end at 0.5 is 1.96 of it away
+    away = 1.959963984540054 * math.sqrt((10 + 10 + 1) / (12 * 10 * 10))
+    assert auc_interval(0.5 + away, 10, 10)[0] == pytest.approx(0.5)
+    assert auc_interval(0.5 - away, 10, 10)[1] == pytest.approx(0.5)
+    # Turned round, and narrower with more
+    assert auc_interval(0.2, 5, 7) == pytest.approx([1 - end for end in auc_interval(0.8, 5, 7)[::-1]])
+    widths = [high - low for low, high in (auc_interval(0.7, n, 20.5) for n in (1, 3.5, 30))]
+    assert widths == sorted(widths, reverse=True)
+    for wrong, message in (((1.5, 2, 2), "`value"), ((0.5, 0.5, 2), "`members"), ((0.5, 2, 0), "`others")):
+        with pytest.raises(ValueError, match=message):
+            auc_interval(*wrong)
+
+
+def test_the_interval_of_an_auc_holds_the_true_one_95_times_in_100():
+    draw = random.Random(0)
+    for shift, true in ((0.0, 0.5), (1.0, 0.760250), (2.5, 0.961450)):  # normal scores: Φ(shift / √2)
+        held = 0
+        for _ in range(400):
+            scores = [draw.gauss(shift, 1) for _ in range(24)] + [draw.gauss(0, 1) for _ in range(24)]
+            low, high = auc_interval(membership_auc(scores, [1] * 24 + [0] * 24), 24, 24)
+            held += low <= true <= high
+        assert 0.92 <= held / 400 <= 0.99
 
 
 def test_privacy_leakage_by_hand():

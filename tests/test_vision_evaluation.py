@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 import sys
 
 import numpy as np
@@ -262,6 +263,85 @@ def test_refusals():
         evaluate_vision(model, dataset=pixels, **{**good, "attacks": {"pgd": PGD}})
     with pytest.raises(ValueError, match="stands for something else"):
         evaluate_vision(model, dataset=pixels, **{**good, "attacks": {"any": attack}})
+
+
+@pytest.mark.parametrize("kind", [RandomNoise, PyAutoAttack])
+def test_attacks_without_gradients_check_what_the_others_check(kind):
+    options = {"parts": ["square"]} if kind is PyAutoAttack else {"samples": 2}
+    if kind is PyAutoAttack:
+        pytest.importorskip("pyautoattack")
+    with pytest.raises(ValueError, match="epsilon=8.*write 8/255"):
+        kind(epsilon=8, **options)
+    kind(epsilon=8, norm="l2", **options)
+    attack, model, (pixels, labels) = kind(epsilon=0.1, **options), Nearest(), images(4)
+    for shifted, message in (
+        (pixels * 255, "Divide bytes by 255"),
+        (pixels * torch.nan, "NaN"),
+        (pixels[0], "has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attack.search(model, pixel_values=shifted, labels=labels)
+    for wrong, message in (
+        (labels + 10, "10 classes are 0 to 9"),
+        (labels - 1, "`labels` has -1"),
+        (labels + 0.7, "torch.float32 of shape"),
+        (labels[:2], r"shape \(2,\) for 4 images"),
+        (None, "`labels=None`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attack.search(model, pixel_values=pixels, labels=wrong)
+
+
+@pytest.mark.parametrize("label", [None, 1.7, True, torch.tensor(1.0), 2**70])
+def test_labels_that_are_no_classes_are_named_with_their_row(label):
+    data = rows(3)
+    data[2]["labels"] = label
+    attacks = {"pgd": PGD(epsilon=0.1, steps=2)}
+    with pytest.raises(
+        ValueError, match=rf"`dataset\[2\]` has the label {re.escape(repr(label))}, but the model has 10"
+    ):
+        evaluate_vision(Nearest(), dataset=data, class_names=NAMES, attacks=attacks, progress=False)
+
+
+def test_class_numbers_of_another_order_by_hand():
+    import datasets
+
+    from hf_robust.trainers.labels import numbered_as
+
+    names = datasets.ClassLabel(names=["c", "a", "b"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names})
+    given = datasets.Dataset.from_dict({"text": list("cab??"), "label": [0, 1, 2, None, -1]}, features=features)
+    # What has no class keeps none: -1 is not the last one
+    assert list(numbered_as(given, "label", ["a", "b", "c"])["label"]) == [2, 0, 1, None, -1]
+    for same in (["c", "a", "b"], ["x", "y", "z"], ["a", "b"], []):
+        assert numbered_as(given, "label", same) is given
+
+
+def test_pictures_have_the_channels_of_the_model():
+    config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shades = [Image.new("RGB", (4, 4), (50 * i, 50 * i, 50 * i)) for i in range(4)]
+    options = {"class_names": ["a", "b"], "progress": False, "sanity_images": 2}
+    for channels, mode in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+        torch.manual_seed(0)
+        vit = ViTConfig(image_size=4, patch_size=2, num_channels=channels, num_labels=2, **config)
+        side, half = {"height": 4, "width": 4}, [0.5] * channels
+        processor = ViTImageProcessor(size=side, image_mean=half, image_std=half)
+        found = {}
+        for kind in ("RGB", mode):
+            data = [{"image": shade.convert(kind), "labels": i % 2} for i, shade in enumerate(shades)]
+            attacks = {"pgd": PGD(epsilon=0.1, steps=2, image_processor=processor)}
+            report = evaluate_vision(
+                ViTForImageClassification(vit), dataset=data, image_processor=processor, attacks=attacks, **options
+            )
+            found[kind] = report.data["images_digest"]
+            assert report.runs[0].failures == 0
+        assert len(set(found.values())) == 1
+    vit = ViTConfig(image_size=4, patch_size=2, num_channels=2, num_labels=2, **config)
+    with pytest.raises(ValueError, match="2 channels.*1, 3 or 4"):
+        evaluate_vision(
+            ViTForImageClassification(vit), dataset=[{"image": shades[0], "labels": 0}], image_processor=processor,
+            attacks={}, **options,
+        )  # fmt: skip
 
 
 # Variants and curves --------------------------------------------------------------------------------------------------
@@ -763,6 +843,38 @@ def test_the_command_evaluates_a_vision_language_model(llava, tmp_path, capsys):
     assert "needs a classifier" in capsys.readouterr().err
 
 
+def test_names_of_the_dataset_in_another_order_than_the_model_s(classifier_folder, tmp_path):
+    """The same images, their classes numbered otherwise: the same report, and its card holds on them."""
+    import shutil
+
+    import datasets
+
+    from hf_robust.cli import main
+    from hf_robust.report.verify import verify
+
+    data = datasets.load_from_disk(str(classifier_folder / "data")).rename_columns(
+        {"picture": "image", "labels": "label"}
+    )
+    data.save_to_disk(tmp_path / "model_order")
+    names, own = ["cow", "cat", "dog"], data.features["label"].names
+    labels = [names.index(own[label]) for label in data["label"]]
+    other = data.remove_columns("label").add_column("label", labels)
+    other.cast_column("label", datasets.ClassLabel(names=names)).save_to_disk(tmp_path / "other_order")
+    model, reports = str(classifier_folder / "model"), []
+    for order in ("model_order", "other_order"):
+        arguments = ["--dataset", str(tmp_path / order), "--output_dir", str(tmp_path / "out" / order), "--no_progress"]
+        assert (
+            main(["evaluate", "--model_name_or_path", model, "--steps", "2", "--sanity_images", "0", *arguments]) == 0
+        )
+        reports.append(Report.load(tmp_path / "out" / order / "report.json"))
+    assert reports[0].measurements == reports[1].measurements and reports[0].data == reports[1].data
+    folder = tmp_path / "published"
+    shutil.copytree(model, folder)
+    shutil.copy(tmp_path / "out" / "other_order" / "README.md", folder / "README.md")
+    checks = verify(folder, behaviors=tmp_path / "other_order", progress=False)
+    assert any(check.status == "holds" for check in checks), [check.reason for check in checks]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -814,3 +926,25 @@ def test_the_command_keeps_autoattacks_name_for_the_standard_set():
     assert list(options.build_attacks(None, 4)) == ["apgd-ce + apgd-t + fab-t + square"]
     with pytest.raises(ValueError, match="needs a classifier"):
         options.build_attacks(None, None)
+
+
+def test_the_command_keeps_every_attack_that_is_asked_for(tmp_path):
+    pytest.importorskip("pyautoattack")
+    from hf_robust.cli.evaluate_vision import EvaluateVisionArguments
+    from hf_robust.report.vision_evaluation import _check
+
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"autoattack_l2": {"attack": "autoattack", "norm": "l2", "epsilon": 0.5}}', encoding="utf-8")
+    names = ["autoattack", "autoattack_l2"]
+    options = EvaluateVisionArguments(attacks=names, epsilon=["8/255"], attack_settings=str(settings))
+    parts = "apgd-ce + apgd-t + fab-t + square"
+    for classes, wanted in (
+        (10, ["AutoAttack", "AutoAttack (autoattack_l2)"]),
+        (4, [parts, f"{parts} (l2)"]),  # not the standard set: its name stays out
+    ):
+        attacks = options.build_attacks(None, classes)
+        assert list(attacks) == wanted and [attack.norm for attack in attacks.values()] == ["linf", "l2"]
+        _check(attacks, classes)  # an evaluation takes them
+    options = EvaluateVisionArguments(attacks=["pgd"], epsilon=["0.100001", "0.100002"])
+    with pytest.raises(ValueError, match="two attacks have the name 'pgd 0.1'"):
+        options.build_attacks(None, 10)

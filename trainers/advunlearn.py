@@ -19,6 +19,7 @@ from hf_robust.trainers.advunlearn_config import AdvUnlearnConfig
 from hf_robust.trainers.advunlearn_prompts import ErasedPrompts, PromptRows, collate, erased_rows
 from hf_robust.trainers.diffusion import DiffusionTrainer
 from hf_robust.trainers.diffusion_saving import adapters_of
+from hf_robust.trainers.diffusion_setup import as_diffusion_model, unchanged_on_error
 from hf_robust.trainers.latent_bank import LatentBank, LatentItems, LatentPool, draw_seed, weights_digest
 from hf_robust.trainers.papers import ADVUNLEARN
 
@@ -104,12 +105,17 @@ class AdvUnlearnTrainer(DiffusionTrainer):
         concepts = args.concepts if isinstance(args, AdvUnlearnConfig) else None
         rows = erased_rows(train_dataset, concepts)
 
-        super().__init__(model, args, collate, rows, None, **parent_kwargs)
+        model = as_diffusion_model(model)
+        with unchanged_on_error(model):
+            super().__init__(model, args, collate, rows, None, **parent_kwargs)
+            self._prepare()
 
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+    def _prepare(self) -> None:
+        """The original model, the pools and the bank, once it is known what is trained."""
+        if is_deepspeed_zero3_enabled():  # the parent refuses FSDP
             raise ValueError(
-                "`fsdp` or DeepSpeed's ZeRO-3 splits the UNet, with which each process also samples for as many steps as "
-                "its own rows ask for: the processes would wait for each other for ever. Use DDP."
+                "DeepSpeed's ZeRO-3 splits the UNet, with which each process also samples for as many steps as its own rows "
+                "ask for: the processes would wait for each other for ever. Use DDP or ZeRO-2."
             )
         unet_is_trained = any(parameter.requires_grad for parameter in self.model.unet.parameters())
         # A frozen UNet is its own original; the original text embeddings are constants, taken now

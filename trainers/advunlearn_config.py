@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from hf_robust.attacks.diffusion.concept_embedding import METHODS, ConceptEmbeddingAttack
 from hf_robust.data.retain_prompts import OBJECTS
-from hf_robust.threats import check_at_least, check_choice
+from hf_robust.threats import check_at_least, check_choice, check_count
 from hf_robust.trainers.diffusion_config import DiffusionConfig
 
 ATTACK_POSITIONS = ("prefix", "suffix", "replace", "insert", "per_word")
@@ -144,11 +144,15 @@ class AdvUnlearnConfig(DiffusionConfig):
                     f"`{f.name}={getattr(self, f.name)!r}` concerns images with captions, or the adversary of "
                     "DiffusionTrainer, and has no meaning in AdvUnlearn: leave it out."
                 )
-        if isinstance(self.retain_prompts, str):
-            self.retain_prompts = [self.retain_prompts]
-        if isinstance(self.concepts, str):
-            self.concepts = [self.concepts]
-        if self.concepts is not None and not all(isinstance(c, str) and c.strip() for c in self.concepts):
+        for name in ("concepts", "retain_prompts", "retain_exclude_words"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, [value])
+            elif (value is not None or name == "retain_prompts") and (
+                not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value)
+            ):
+                raise ValueError(f"`{name}={value!r}` has to be a list of strings.")
+        if not all(concept.strip() for concept in self.concepts or ()):
             raise ValueError(f"`concepts={self.concepts!r}` holds an empty one: name what is to be erased.")
         check_choice("retain_mode", self.retain_mode, RETAIN_MODES)
         check_choice("attack_position", self.attack_position, ATTACK_POSITIONS)
@@ -163,12 +167,11 @@ class AdvUnlearnConfig(DiffusionConfig):
             ("latent_bank_batch_size", 1),
             ("latent_bank_refresh_steps", 0),
             ("latent_bank_size", 0),
+            ("max_steps", -1),
         ):
             value = getattr(self, name)
-            if value is not None:
-                check_at_least(name, value, minimum, "Leave it out for the default.")
-                if int(value) != value:
-                    raise ValueError(f"`{name}={value!r}` must be a whole number.")
+            if value is not None or name != "latent_bank_size":
+                check_count(name, value, minimum, "Leave it out for the default.")
         if self.retain_mode == "step" and not self.retain_weight:
             raise ValueError("`retain_mode='step'` with `retain_weight=0` has steps without a loss: use 'regularizer'.")
         super().__post_init__()

@@ -1,7 +1,7 @@
 """Prompts that [`AdvUnlearnTrainer`] erases, with the places of the attacked tokens; checked before training starts."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +31,18 @@ def erased_rows(dataset: Iterable[Any] | None, concepts: Sequence[str] | None) -
     rows: list[dict[str, str | None]] = []
     for place, given in enumerate(dataset):
         row = {"text": given} if isinstance(given, str) else given
+        if not isinstance(row, Mapping):
+            raise ValueError(f"`train_dataset`, row {place} is {row!r}: give a prompt, or a row with a `text`.")
         text, concept = row.get("text"), row.get("concept")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
                 f"`train_dataset`, row {place} has `text={text!r}`: give a prompt that draws what is to be erased."
             )
-        if concept is None:
+        if concept is not None and not isinstance(concept, str):
+            raise ValueError(
+                f"`train_dataset`, row {place} has `concept={concept!r}`: give the words that are to be erased, or none."
+            )
+        if not (concept or "").strip():
             concept = _concept_in(text, concepts or ())
         rows.append({"text": text.strip(), "concept": concept})
     if not rows:

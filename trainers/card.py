@@ -8,12 +8,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
+from peft import PeftModel
+from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -36,25 +38,18 @@ from hf_robust.trainers.interruption import checkpoint_on_sigterm
 from hf_robust.trainers.meters import Stopwatch
 from hf_robust.trainers.phases import Phases, watched
 from hf_robust.trainers.process_group import keep_process_group
+from hf_robust.trainers.run_settings import (
+    active_adapter,
+    adapter_settings,
+    plain,
+    run_settings,
+    setting_names,
+    stated_settings,
+)
 
 logger = logging.getLogger(__name__)
 
-# Settings of the parents that decide what training does; those of our own configurations are all listed
-_PARENT_SETTINGS = (
-    "learning_rate", "lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "num_train_epochs", "max_length", "bf16", "fp16", "seed", "beta", "loss_type",
-)  # fmt: skip
-# Those that the card leaves out, and that make a resumed run another all the same
-_RESUMED_SETTINGS = (
-    "warmup_steps", "lr_scheduler_kwargs", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "label_smoothing_factor",
-    "label_smoothing", "data_seed", "neftune_noise_alpha", "packing", "completion_only_loss", "assistant_only_loss",
-    "truncation_mode", "train_sampling_strategy", "average_tokens_across_devices",
-)  # fmt: skip
 _TEXT_COLUMNS = ("prompt", "chosen", "rejected", "messages", "conversations", "text")
-# Own settings that change no step of training: a resumed run may have others. The noise policy comes with the checkpoint.
-_FREE_SETTINGS = (
-    "profile", "noise_policy", "attack_batch_size", "latent_bank_dir", "latent_bank_batch_size", "prefix_sharing",
-)  # fmt: skip
 
 
 class CardTrainer(Trainer):
@@ -80,6 +75,7 @@ class CardTrainer(Trainer):
     interrupted = False
     _phases: Phases | None = None
     _writes_checkpoint = False
+    _adapters_at_start: dict[str, Any] | None = None
 
     @functools.cached_property
     def _stopwatch(self) -> Stopwatch:
@@ -165,6 +161,7 @@ class CardTrainer(Trainer):
     def _checked_start(self, resumed: Any) -> str | None:
         """The checkpoint to go on from. One process decides, or what it finds wrong the others would wait for in vain."""
         decided: list[Any] = [None, None]
+        self._adapters_at_start = None
         if self.is_world_process_zero():
             try:
                 if str(getattr(self.args.save_strategy, "value", "")) != "no":
@@ -207,17 +204,10 @@ class CardTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _run_settings(self) -> dict[str, Any]:
-        """What decides on the steps of training: a run that is resumed has to have the same."""
-        peft = self.model.peft_config[self.model.active_adapter] if is_peft_model(self.model) else None
-        settings = self._stated_settings(peft)
-        resumed = [name for name in _RESUMED_SETTINGS if hasattr(self.args, name)]
-        settings |= {name: _plain(getattr(self.args, name)) for name in [*self._setting_names(), *resumed]}
-        settings |= {f"rows of {name}": len(data) for name, data in self._given.items() if hasattr(data, "__len__")}
-        if peft is not None and hasattr(peft, "lora_dropout"):
-            settings["lora_dropout"] = peft.lora_dropout
-        free = {name for name in settings if name.startswith("eval_") or name in _FREE_SETTINGS}
-        # Longer training is no other training
-        return {name: value for name, value in settings.items() if name not in {*free, "num_train_epochs"}}
+        """What decides on the steps of training; of adapters and the weights below them as they were at its beginning."""
+        if self._adapters_at_start is None:
+            self._adapters_at_start = adapter_settings(self.model, weights=self.is_world_process_zero())
+        return run_settings(self, self._given) | self._adapters_at_start
 
     # ---- Logging ----
 
@@ -273,7 +263,7 @@ class CardTrainer(Trainer):
             title: name of the model. Default: that of the output folder.
         """
         measured = self._measured()
-        peft = self.model.peft_config[self.model.active_adapter] if is_peft_model(self.model) else None
+        peft = active_adapter(self.model)
         base = getattr(peft, "base_model_name_or_path", None) or getattr(self.model.config, "_name_or_path", None)
         paper = {"paper": f"{self._paper['title']}, arXiv {self._paper['id']}"} if "id" in self._paper else {}
         own = Report(
@@ -293,33 +283,15 @@ class CardTrainer(Trainer):
         environment = measured.environment or own.environment
         return dataclasses.replace(measured, **facts, data={**own.data, **measured.data}, environment=environment)
 
-    def _setting_names(self) -> list[str]:
-        """All fields of our own configuration, and those of the parents that decide what training does."""
-        args = self.args
-        inherited = {f.name for cls in type(args).__mro__ if "hf_robust" not in cls.__module__ for f in _fields(cls)}
-        own = [f.name for f in dataclasses.fields(args) if f.name not in inherited]
-        return list(dict.fromkeys([*own, *(name for name in _PARENT_SETTINGS if hasattr(args, name))]))
-
     def _training_settings(self, peft: Any) -> dict[str, Any]:
         args, settings = self.args, {"trainer": type(self).__name__}
         if hasattr(self, "attack"):
             settings["threat model of the training"] = training_threat(self.attack)
         settings["optimizer steps"] = self.state.global_step
         left_out = {"profile", *(["num_train_epochs"] if args.max_steps > 0 else [])}
-        names = [name for name in self._setting_names() if name not in left_out]
-        settings |= {name: _plain(getattr(args, name)) for name in names if getattr(args, name) is not None}
-        return {**settings, **self._stated_settings(peft)}
-
-    def _stated_settings(self, peft: Any) -> dict[str, Any]:
-        """What no field of the configuration tells."""
-        settings: dict[str, Any] = {"trainer": type(self).__name__, "processes": self.args.world_size}
-        if peft is not None:
-            modules = getattr(peft, "target_modules", None)
-            if isinstance(modules, set | list):
-                modules = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
-            sizes = f", r {peft.r}, alpha {peft.lora_alpha}" if hasattr(peft, "lora_alpha") else ""
-            settings["adapter"] = f"{type(peft).__name__}{sizes}" + (f", on {modules}" if modules else "")
-        return settings
+        names = [name for name in setting_names(args) if name not in left_out]
+        settings |= {name: plain(getattr(args, name)) for name in names if getattr(args, name) is not None}
+        return {**settings, **stated_settings(self, peft)}
 
     def card_text(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -403,17 +375,13 @@ class CardTrainer(Trainer):
         write_training_prompts(folder, self._hashes[0], hashed=True, missing=self._hashes[1])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The parent's files, with our card in place of the stub that PEFT writes, and the training prompts' hashes."""
+        """The parent's files, with our card where PEFT writes a stub, and the training prompts' hashes."""
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        card = folder / "README.md"
-        before = card.read_bytes() if card.is_file() else None
-        super()._save(output_dir, state_dict)
+        with _no_card_of_peft(self.model):
+            super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        if before is not None:  # PEFT edits a card that it finds, also a user's
-            card.write_bytes(before)
-        elif card.is_file():
-            card.unlink()
+        if is_peft_model(self.model) and not (folder / "README.md").is_file():
             write_card(folder, self.card_text())
         self.save_training_prompts(folder)
 
@@ -474,13 +442,17 @@ def training_threat(attack: Any) -> str:
     )
 
 
-def _fields(cls: type) -> tuple[Any, ...]:
-    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-
-
-def _plain(value: Any) -> Any:
-    """An enumeration's value, everything else as it is."""
-    return getattr(value, "value", value)
+@contextlib.contextmanager
+def _no_card_of_peft(model: nn.Module) -> Iterator[None]:
+    """PEFT writes a stub, and into a card that it finds, also a user's: a full disk or a kill would leave it edited or cut."""
+    adapted = [vars(module) for module in model.modules() if isinstance(module, PeftModel)]
+    for attributes in adapted:
+        attributes["create_or_update_model_card"] = lambda output_dir: None
+    try:
+        yield
+    finally:
+        for attributes in adapted:
+            del attributes["create_or_update_model_card"]
 
 
 def _describe(dataset: Any) -> str:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_robust.data.redaction import redacted
 from hf_robust.report.evaluation_plan import differences
 from hf_robust.report.report import write_json
 
@@ -28,6 +29,11 @@ _STATE = "trainer_state.json"
 _REPLACED = "_replaced-"
 # `.metadata` tells where the parts of a sharded one lie
 _LARGE = (".safetensors", ".pt", ".pth", ".bin", ".distcp", ".metadata")
+# What training goes on with besides the weights, one of each; missing under `save_only_model=True`
+_GOES_ON_WITH = (("optimizer*", "global_step*"), ("rng_state*.pth",))
+_ONLY_MODEL = (
+    "it holds weights alone (`save_only_model=True`), so that optimizer, schedule and random numbers would begin anew"
+)
 _PICKLED = ("pytorch_model.bin", "adapter_model.bin")
 # How `torch.save` says that a file could not be written
 _TORCH_WRITES = "PytorchStreamWriter|inline_container|iostream|unexpected pos"
@@ -61,7 +67,7 @@ def saving(folder: Path, *, cleans_up: bool) -> Iterator[None]:
     """
     What writes a checkpoint goes inside. If writing fails, what there is of it goes, so that the newest checkpoint is a whole
     one, and the error says where to go on from. A whole one of the same number stays aside until the new one is whole.
-    With several processes, none writes before all have entered.
+    With several processes, none writes before all have entered. A link in the folder's place is replaced, not followed.
 
     Args:
         folder: of the checkpoint.
@@ -76,6 +82,8 @@ def saving(folder: Path, *, cleans_up: bool) -> Iterator[None]:
     if cleans_up and replaces:
         _remove(aside)
         folder.replace(aside)
+    elif cleans_up and folder.is_symlink():  # what it leads to is not ours
+        folder.unlink()
     elif cleans_up:  # rests of one: what is not rewritten is not to make them whole
         for name in (RECORD, _STATE):
             (folder / name).unlink(missing_ok=True)
@@ -99,11 +107,18 @@ def saving(folder: Path, *, cleans_up: bool) -> Iterator[None]:
         ) from error
     if cleans_up:
         _remove(aside)
+        if not _holds_weights_alone(folder):  # older ones that lie aside are not gone back to any more
+            for _, _, path in _numbered(folder.parent, up_to=int(folder.name.rpartition("-")[2])):
+                if path.name.startswith(_REPLACED):
+                    _remove(path)
 
 
 def _remove(folder: Path) -> None:
-    """Broken off in the middle, it does not leave a checkpoint that looks whole."""
+    """Broken off in the middle, it does not leave a checkpoint that looks whole. Of a link only the link goes."""
     with contextlib.suppress(OSError):
+        if folder.is_symlink():
+            folder.unlink()
+            return
         (folder / _STATE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -143,21 +158,30 @@ def problem_of(folder: Path) -> str | None:
     return None
 
 
+def _numbered(output_dir: Path, up_to: int | None = None) -> list[tuple[int, bool, Path]]:
+    """Checkpoints: step, whether in its place rather than aside, folder."""
+    found = [
+        (int(name[2]), name[1] is None, path)
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if path.is_dir() and (name := re.fullmatch(rf"({_REPLACED})?{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    ]
+    return [each for each in found if up_to is None or each[0] <= up_to]
+
+
+def _holds_weights_alone(folder: Path) -> bool:
+    return not all(any(next(folder.glob(name), None) for name in names) for names in _GOES_ON_WITH)
+
+
 def newest_whole(output_dir: str | os.PathLike[str]) -> Path | None:
     """
-    The checkpoint of the highest step that is whole; what is passed over is told in a warning. Of one whose replacement was
-    broken off by a kill, that is the older one, which lies aside.
+    The checkpoint of the highest step that is whole and can be resumed from; what is passed over is told in a warning. Of one
+    whose replacement was broken off by a kill, that is the older one, which lies aside.
 
     Args:
         output_dir: of the run.
     """
-    numbered = [
-        (int(found[2]), found[1] is None, path)
-        for path in (Path(output_dir).iterdir() if Path(output_dir).is_dir() else ())
-        if path.is_dir() and (found := re.fullmatch(rf"({_REPLACED})?{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
-    ]
-    ordered = [path for *_, path in sorted(numbered, reverse=True)]
-    problems = {path: problem_of(path) for path in ordered}
+    ordered = [path for *_, path in sorted(_numbered(Path(output_dir)), reverse=True)]
+    problems = {path: problem_of(path) or (_ONLY_MODEL if _holds_weights_alone(path) else None) for path in ordered}
     for path, problem in problems.items():
         if problem is not None:
             logger.warning("%s is passed over: %s.", path, problem)
@@ -179,26 +203,34 @@ def checkpoint_to_resume(given: Any, output_dir: str | os.PathLike[str], setting
         settings: of the run, as [`write_record`] takes them.
 
     Raises:
-        ValueError: no checkpoint, one that is not whole, or one of other settings, each of which the message names.
+        ValueError: no checkpoint, one that is not whole, one of weights alone (`save_only_model=True`), or one of other
+            settings, each of which the message names.
     """
     if given is None or given is False:
         return None
     folder = newest_whole(output_dir) if given is True else Path(given)
     if folder is None:
+        whole = [path for _, _, path in sorted(_numbered(Path(output_dir))) if problem_of(path) is None]
+        remedy = f" Or load the weights of {whole[-1].name} as the model: {_ONLY_MODEL}." if whole else ""
         raise ValueError(
             f"`resume_from_checkpoint=True`: there is no whole checkpoint in `output_dir={str(output_dir)!r}`. Leave it out to "
-            "start from the beginning."
+            f"start from the beginning.{remedy}"
         )
     problem = problem_of(folder)
     if problem is not None:
         last = newest_whole(folder.parent)
         instead = "another checkpoint" if last is None else repr(str(last))
         raise ValueError(f"`resume_from_checkpoint={str(folder)!r}`: {problem}. Resume from {instead} instead.")
+    if _holds_weights_alone(folder):
+        raise ValueError(
+            f"`resume_from_checkpoint={str(folder)!r}`: {_ONLY_MODEL}. To train on from it, load it as the model, without "
+            "`resume_from_checkpoint`; to be able to resume, train with `save_only_model=False`."
+        )
     record = _record_of(folder)
     if record is None:
         logger.warning("%s does not tell the settings it was trained with, so that they are not compared.", folder)
         return str(folder)
-    found = differences(*_comparable(record.get("settings") or {}, _as_json(settings)))
+    found = differences(*_comparable(_as_json(record.get("settings") or {}), _as_json(settings)))
     if found:
         raise ValueError(
             f"`resume_from_checkpoint={str(folder)!r}` is of a run with other settings: {'; '.join(found)}. A resumed run goes "
@@ -215,12 +247,14 @@ def _comparable(old: dict[str, Any], new: dict[str, Any]) -> tuple[dict[str, Any
         return math.prod(v for v in values if isinstance(v, int)) if None not in values else values
 
     same = {name for name in _ROWS if rows(old) == rows(new)}
+    if any(name.startswith("peft_config.") for name in old.keys() & new.keys()):
+        same |= {"adapter", "lora_dropout"}  # which older versions tell of it, in other words
     names = [name for name in new if name in old and name not in same]
     return {name: old[name] for name in names}, {name: new[name] for name in names}
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(dict(settings), default=str))
+    return redacted(json.loads(json.dumps(dict(settings), default=str)))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

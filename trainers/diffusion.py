@@ -30,6 +30,7 @@ from hf_robust.trainers.diffusion_setup import (
     as_diffusion_model,
     choose_parameters,
     training_image_size,
+    unchanged_on_error,
     wrapped_names,
 )
 from hf_robust.trainers.flops import unet_operations
@@ -166,9 +167,9 @@ class DiffusionTrainer(CardTrainer, PipelineSaving):
             data_collator = self._make_collator(model, args)
         self._check_data(model, args, train_dataset, eval_dataset)
         set_seed(args.seed)  # adapters start at random; the parent seeds only after this
-        self.adapters = self._choose_parameters(model, args, peft_config)
-
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **parent_kwargs)
+        with unchanged_on_error(model):
+            self.adapters = self._choose_parameters(model, args, peft_config)
+            super().__init__(model, args, data_collator, train_dataset, eval_dataset, **parent_kwargs)
 
         if self.is_fsdp_enabled:
             raise ValueError(

@@ -59,7 +59,7 @@ class DenoisingAttack:
         check_choice("attack_step_rule", step_rule, STEP_RULES)
         check_choice("attack_norm", norm, NORMS)
         check_choice("attack_init", init, INITS)
-        self.site, self.epsilon, self.epsilon_relative, self.steps = site, float(epsilon), epsilon_relative, steps
+        self.site, self.epsilon, self.epsilon_relative, self.steps = site, float(epsilon), epsilon_relative, int(steps)
         self.step_size = min(1.0, 2.5 / max(steps, 1)) if step_size is None else float(step_size)
         self.step_rule, self.norm, self.init = step_rule, norm, init
         # One step keeps the perturbation that it took, as evaluating it would cost as much as the step

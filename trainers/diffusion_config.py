@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_robust.threats import check_choice
+from hf_robust.threats import check_at_least, check_choice, check_count
 from hf_robust.trainers.diffusion_attack import DenoisingAttack
 from hf_robust.trainers.diffusion_data import RESIZES
 from hf_robust.trainers.phases import RunArguments
@@ -121,15 +121,30 @@ class DiffusionConfig(RunArguments, TrainingArguments):
     def __post_init__(self) -> None:
         check_choice("image_resize", self.image_resize, RESIZES)
         check_choice("caption_truncation", self.caption_truncation, TRUNCATIONS)
-        if not 0 <= self.caption_dropout <= 1:
+        check_at_least("caption_dropout", self.caption_dropout, 0, "0.1 is usual.")
+        if self.caption_dropout > 1:
             raise ValueError(f"`caption_dropout={self.caption_dropout!r}` must be a share, from 0 to 1; 0.1 is usual.")
+        check_at_least("adversarial_weight", self.adversarial_weight, 0, "1 is all under attack.")
         if not 0 < self.adversarial_weight <= 1:
             raise ValueError(
                 f"`adversarial_weight={self.adversarial_weight!r}` must be in (0, 1]; `attack_epsilon=0` is training without "
                 "an adversary."
             )
-        if self.train_parts is not None and not self.train_parts:
-            raise ValueError("`train_parts=[]` trains nothing: name a part, or leave it unset for the UNet.")
+        if isinstance(self.train_parts, str):
+            self.train_parts = [self.train_parts]
+        if self.train_parts is not None:
+            if not isinstance(self.train_parts, list | tuple) or not all(isinstance(p, str) for p in self.train_parts):
+                raise ValueError(f"`train_parts={self.train_parts!r}` has to be a list of names, such as ['unet'].")
+            if not self.train_parts:
+                raise ValueError("`train_parts=[]` trains nothing: name a part, or leave it unset for the UNet.")
+        for name in ("text_encoder_layers", "image_size"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1, "Leave it unset for all that there is.")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"`neftune_noise_alpha={self.neftune_noise_alpha!r}` is noise on a language model's embeddings, which a "
+                "pipeline has not: leave it unset; a `noise_policy` names modules of any kind."
+            )
         self.remove_unused_columns = False
         self.build_attack()
         super().__post_init__()

@@ -42,8 +42,7 @@ def to_pixels(image: Any, size: int, *, resize: str = "none", place: str = "imag
     if isinstance(image, Mapping) and ("bytes" in image or "path" in image):
         image = io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image.get("path")
     if isinstance(image, str | os.PathLike | io.BytesIO):
-        with Image.open(image) as opened:
-            image = opened.convert("RGB")
+        image = _opened(image, place)
     if isinstance(image, Image.Image):
         image = np.array(image.convert("RGB"))
     elif not isinstance(image, np.ndarray | torch.Tensor | list):
@@ -51,7 +50,14 @@ def to_pixels(image: Any, size: int, *, resize: str = "none", place: str = "imag
             f"{place} is {type(image).__name__}, which is no image: give a PIL image, an array [H, W, 3], a path, or a column "
             "of type `datasets.Image`."
         )
-    pixels = _channels_first(image if isinstance(image, torch.Tensor) else torch.as_tensor(np.array(image)), place)
+    if not isinstance(image, torch.Tensor):
+        try:
+            image = torch.as_tensor(np.array(image))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{place} holds something that is no number, or rows of several lengths: give [H, W], [H, W, C] or [C, H, W]."
+            ) from None
+    pixels = _channels_first(image, place)
     height, width = pixels.shape[1:]
     if (height, width) == (size, size):
         return pixels
@@ -70,13 +76,29 @@ def to_pixels(image: Any, size: int, *, resize: str = "none", place: str = "imag
     return scaled[0].clamp(0, 1)  # bicubic weights overshoot at edges
 
 
+def _opened(image: Any, place: str) -> Any:
+    """An image file as a PIL image."""
+    from PIL import Image
+
+    name = "what its bytes hold" if isinstance(image, io.BytesIO) else repr(str(image))
+    try:
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{place} is {name}, where there is no file: give paths from the working folder."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place} is {name}, which cannot be read as an image ({error}).") from None
+
+
 def _channels_first(pixels: torch.Tensor, place: str) -> torch.Tensor:
     """`[3, H, W]` float32 in [0, 1] of an array in any accepted layout."""
     if pixels.dim() == 2:
         pixels = pixels.unsqueeze(-1)
     if pixels.dim() == 3 and pixels.shape[-1] not in (1, 3, 4) and pixels.shape[0] in (1, 3, 4):
         pixels = pixels.permute(1, 2, 0)
-    if pixels.dim() != 3 or pixels.shape[-1] not in (1, 3, 4):
+    if pixels.dim() != 3 or pixels.shape[-1] not in (1, 3, 4) or not pixels.numel():
         raise ValueError(
             f"{place} has shape {tuple(pixels.shape)}, which is no image: give [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 "
             "channels."

@@ -102,10 +102,11 @@ class PipelineSaving(Trainer):
         for name, adapter in self.adapters.items():
             place = folder / ADAPTERS_FOLDER / name
             adapter.save_pretrained(place, safe_serialization=True)
-            (place / "README.md").unlink(missing_ok=True)  # a form to be filled in
         if self.adapters and self._writes_checkpoint:
             return
-        if state_dict is None:
+        if (
+            state_dict is None or self.adapters
+        ):  # with adapters no strategy splits the weights: what ZeRO-2 hands over is these
             model.save_pretrained(folder)
         else:
             pipeline = model.pipeline()

@@ -1,7 +1,9 @@
 """What [`DiffusionTrainer`] makes of its arguments before training: the model, what of it is trained, and sizes."""
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,23 @@ def as_diffusion_model(model: Any) -> "DiffusionModel":
     if isinstance(model, str | os.PathLike):
         return DiffusionModel.from_pretrained(os.fspath(model))
     return DiffusionModel(model)
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: "DiffusionModel") -> Iterator[None]:
+    """
+    Where a trainer refuses a model, what of it is trained is as it was before.
+
+    Args:
+        model: whose weights the trainer freezes.
+    """
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except Exception:
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
+        raise
 
 
 def choose_parameters(

@@ -59,8 +59,9 @@ def unet_operations(model: "DiffusionModel", latent_size: int) -> int:
         model: unwrapped. Its counts of UNet items stay as they are.
         latent_size: height and width of the latents.
     """
-    conditioning, (channels, *_) = model.unconditional(), model.latent_shape
-    latents = torch.zeros(1, channels, latent_size, latent_size, device=model.device)
+    latents = torch.zeros(1, model.latent_shape[0], latent_size, latent_size, device=model.device)
+    with quiet(model):
+        conditioning = model.unconditional()
     # By matrix products: of the fused attention kernels only some are counted
     with quiet(model), model.uncounted(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.predict(latents, torch.zeros(1, dtype=torch.long, device=model.device), conditioning)

@@ -35,6 +35,35 @@ def plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
+def names_of(config: Any) -> list[str]:
+    """
+    Names of a model's classes, by number; none where it does not tell them.
+
+    Args:
+        config: of a classifier of transformers.
+    """
+    names = getattr(config, "id2label", None) or {}
+    return [str(names[number]) for number in sorted(names)]
+
+
+def numbered_as(dataset: Dataset, column: str, class_names: Sequence[str]) -> Dataset:
+    """
+    A dataset with the class numbers of a model. One that names the same classes in another order gets its labels numbered
+    anew; any other comes back as it is.
+
+    Args:
+        dataset: with a column of class numbers; `ClassLabel` has their names.
+        column: of the labels. Missing ones stay missing.
+        class_names: of the model, by number.
+    """
+    names, wanted = list(getattr(dataset.features[column], "names", None) or []), list(class_names)
+    if names == wanted or sorted(names) != sorted(wanted):
+        return dataset
+    numbers_of = {number: wanted.index(name) for number, name in enumerate(names)}
+    labels = [numbers_of.get(label, label) for label in dataset.with_format(None)[column]]
+    return dataset.remove_columns(column).add_column(column, labels)
+
+
 def first_wrong_label(dataset: Any, column: str, is_right: Callable[[Any], bool]) -> tuple[int, Any] | None:
     """
     The first row whose label is wrong, and the label; `None` if there is none that can be found without decoding a dataset.

@@ -24,7 +24,8 @@ def keep_process_group() -> None:
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_backend() == "nccl":
         return
     group = distributed.group.WORLD
+    if group is None or any(group is kept for kept in _kept):
+        return
     if not _kept:  # a thread that asks for the lock of an interpreter that is ending aborts the process
         atexit.register(time.sleep, 0.05)
-    if not any(group is kept for kept in _kept):
-        _kept.append(group)
+    _kept.append(group)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_robust.data.behavior import Behavior
@@ -47,7 +48,8 @@ class RobustnessCallback(TrainerCallback):
 
     Training is not changed by it: random states, gradients and the modes of the modules are the same afterwards. On several
     processes, all of them run the same evaluation in step, because the forwards of a sharded model (FSDP, ZeRO-3) need every
-    process; the figures of the first one count on all.
+    process; the figures of the first one count on all. An attack must then not have a budget in seconds, which are over at
+    different steps of the search on different processes.
 
     Args:
         behaviors ([`~hf_robust.data.behavior.Behavior`]s):
@@ -68,7 +70,8 @@ class RobustnessCallback(TrainerCallback):
             Length of answers without attack; an attack has a `max_new_tokens` of its own.
 
     Raises:
-        ValueError: no behaviours, or `every_steps` below 1.
+        ValueError: no behaviours, or `every_steps` below 1. When training begins: an attack with `budget.seconds`, and weights
+            that are split over processes.
 
     Example:
 
@@ -129,6 +132,7 @@ class RobustnessCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget an earlier training, whose steps had the same numbers."""
+        self._check_budgets(args, kwargs.get("model"))
         self._step, self._in_training = None, True
 
     def on_train_end(
@@ -163,6 +167,7 @@ class RobustnessCallback(TrainerCallback):
     ) -> None:
         if self._in_training and self._step == state.global_step:
             return
+        self._check_budgets(args, model)
         from hf_robust.report.evaluation import evaluate_robustness
 
         tokenizer = self.tokenizer if self.tokenizer is not None else processing_class
@@ -188,6 +193,18 @@ class RobustnessCallback(TrainerCallback):
             state.log_history.append({**self._figures, "epoch": state.epoch, "step": state.global_step})
         logger.info("Step %d: %s", state.global_step, self._figures)
 
+    def _check_budgets(self, args: TrainingArguments, model: Any) -> None:
+        if args.world_size == 1 or model is None or not _is_split(model):
+            return
+        for name, attack in self.attacks.items():
+            seconds = _seconds_of(attack)
+            if seconds is not None:
+                raise ValueError(
+                    f"`attacks[{name!r}]` has a budget of `seconds={seconds!r}`, which are over at different steps of its "
+                    "search on different processes, and with weights that are split over processes (FSDP, ZeRO-3) each forward "
+                    "needs all of them: training would hang. Bound `forwards` or `backwards` instead."
+                )
+
 
 def figures_of(report: Report) -> dict[str, float]:
     """
@@ -212,6 +229,19 @@ def figures_of(report: Report) -> dict[str, float]:
         if rates:
             figures[f"{_PREFIX}attack_success_rate"] = max(rates)
     return figures
+
+
+def _is_split(model: torch.nn.Module) -> bool:
+    """Whether a forward gathers weights from other processes: under FSDP2 and tensor parallelism, ZeRO-3, FSDP's version 1."""
+    parts = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
+    return parts or any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def _seconds_of(attack: Any) -> float | None:
+    """Of an attack's budget, or of that of an attack inside it."""
+    inner = [value for value in getattr(attack, "__dict__", {}).values() if callable(getattr(value, "attack", None))]
+    found = [getattr(getattr(attack, "budget", None), "seconds", None), *map(_seconds_of, inner)]
+    return next((seconds for seconds in found if seconds is not None), None)
 
 
 @contextlib.contextmanager

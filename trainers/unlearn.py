@@ -1,7 +1,6 @@
 """Unlearning of language models: [`UnlearnTrainer`] stands where [`~trl.SFTTrainer`] stood."""
 
 import contextlib
-import copy
 import functools
 import logging
 from collections.abc import Iterator
@@ -14,16 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from hf_robust.objectives import rmu_direction
 from hf_robust.report.report import Report
-from hf_robust.trainers.attack_arguments import take_over
 from hf_robust.trainers.meters import Meters
 from hf_robust.trainers.papers import ROBUST_UNLEARNING_PAPERS, UNLEARNING_PAPERS
 from hf_robust.trainers.row_trainer import RowTrainer
 from hf_robust.trainers.unlearn_checks import check_arguments, check_model, freeze_all_but_named
-from hf_robust.trainers.unlearn_config import UnlearnConfig
+from hf_robust.trainers.unlearn_config import UnlearnConfig, own_config
 from hf_robust.trainers.unlearn_data import (
     FORGET,
     REFERENCE_NLL,
@@ -134,7 +132,7 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
         retain_dataset: Dataset | str | None = None,
         **parent_kwargs: Any,
     ):
-        args = _own_config(args)
+        args = own_config(args)
         check_arguments(args, parent_kwargs.get("compute_loss_func"))
         if forget_dataset is not None and train_dataset is not None:
             raise ValueError("`train_dataset` is another name of `forget_dataset`: give one of the two.")
@@ -224,7 +222,7 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, FORGET, RETAIN]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, FORGET, RETAIN, REFERENCE_NLL]))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The parent's micro-batches of a window, each with the window's numbers of rows and label tokens."""
@@ -248,8 +246,8 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's training; before the first, the forget rows' reference where it is to be computed beforehand."""
         rows = self.train_dataset
-        if self.args.precompute_ref_log_probs and REFERENCE_NLL not in rows.forget.column_names:
-            rows.forget = rows.forget.add_column(REFERENCE_NLL, self._reference_nll(rows.forget))
+        if self.args.precompute_ref_log_probs and rows.reference_nll is None:
+            rows.reference_nll = self._reference_nll(rows.forget)
         return super().train(*args, **kwargs)
 
     def _reference_nll(self, dataset: Dataset) -> list[float]:
@@ -282,9 +280,11 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
 
         Returns:
             `[batch]` float32; of a loss over tokens the mean over the row's own.
+
+        Raises:
+            RuntimeError: in training, what `precompute_ref_log_probs` has computed is not with the rows.
         """
-        if self.args.forget_reference and REFERENCE not in part:
-            part[REFERENCE] = self._reference_of(self.args.loss_type, model, part)
+        self._add_forget_reference(model, part)
         inner = self.accelerator.unwrap_model(model)
         return forget_rows(model, part, self.args, inner=inner, direction=self.rmu_direction)
 
@@ -317,6 +317,16 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
         inner = self.accelerator.unwrap_model(model)
         losses = retain_rows(model, part, self.args, inner=inner)
         return (row_weights(self.args.retain_type, part) * losses).sum()
+
+    def _add_forget_reference(self, model: nn.Module, part: dict[str, Any]) -> None:
+        if not self.args.forget_reference or REFERENCE in part:
+            return
+        if self.args.precompute_ref_log_probs and self.is_in_train:  # computed now it would be the trained model's
+            raise RuntimeError(
+                f"A batch of forget rows lacks the `{REFERENCE}` that `precompute_ref_log_probs=True` computed: leave the "
+                "trainer's `train_dataset` and `data_collator` as they are, or set `precompute_ref_log_probs=False`."
+            )
+        part[REFERENCE] = self._reference_of(self.args.loss_type, model, part)
 
     def _reference_of(self, kind: str, model: nn.Module, part: dict[str, Any]) -> torch.Tensor:
         assert self.reference is not None
@@ -386,8 +396,7 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
 
     def _perturbed_step(self, model: nn.Module, forget: dict[str, Any], *, sync: bool) -> torch.Tensor:
         with self.compute_loss_context_manager():
-            if self.args.forget_reference and REFERENCE not in forget:
-                forget[REFERENCE] = self._reference_of(self.args.loss_type, model, forget)
+            self._add_forget_reference(model, forget)
         label_index(forget)
         given = {**model_inputs(forget), "labels": forget["labels"]}
         scale = self.args.forget_weight * self.accelerator.num_processes
@@ -488,11 +497,3 @@ class UnlearnTrainer(RowTrainer, SFTTrainer):
                 f"{len(self.rmu_direction)}: resume with the model that was trained."
             )
         self.rmu_direction = saved
-
-
-def _own_config(args: UnlearnConfig | TrainingArguments | None) -> UnlearnConfig:
-    """An SFTConfig's `loss_type` names a loss that is fine-tuned with, not one that forgets."""
-    if isinstance(args, SFTConfig) and not isinstance(args, UnlearnConfig):
-        args = copy.copy(args)
-        args.loss_type = UnlearnConfig.loss_type
-    return take_over(args, UnlearnConfig, "unlearned")

@@ -1,11 +1,14 @@
 """Configuration of [`UnlearnTrainer`]."""
 
+import copy
 from dataclasses import dataclass, field
 
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from hf_robust.objectives.unlearning import FORGET_LOSSES, RETAIN_LOSSES
 from hf_robust.threats import check_at_least, check_choice, check_count, check_number
+from hf_robust.trainers.attack_arguments import take_over
 from hf_robust.trainers.phases import RunArguments
 from hf_robust.trainers.unlearn_robust import RobustArguments, refuse_unused
 
@@ -148,3 +151,17 @@ class UnlearnConfig(RobustArguments, RunArguments, SFTConfig):
     def retain_reference(self) -> bool:
         """Whether the retain loss compares with the model before training."""
         return bool(self.retain_weight) and self.retain_type != "ce"
+
+
+def own_config(args: UnlearnConfig | TrainingArguments | None) -> UnlearnConfig:
+    """
+    The trainer's configuration from whatever the parent's script passes. An SFTConfig's `loss_type` names a loss that is
+    fine-tuned with, not one that forgets.
+
+    Args:
+        args: see [`~hf_robust.trainers.attack_arguments.take_over`].
+    """
+    if isinstance(args, SFTConfig) and not isinstance(args, UnlearnConfig):
+        args = copy.copy(args)
+        args.loss_type = UnlearnConfig.loss_type
+    return take_over(args, UnlearnConfig, "unlearned")

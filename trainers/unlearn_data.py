@@ -44,6 +44,10 @@ class PairedRows(torch.utils.data.Dataset):
         forget: rows to forget, tokenised.
         retain: rows to keep, or `None`.
         seed: of the permutations.
+
+    Attributes:
+        reference_nll: of each forget row, once it has been computed: the summed negative log-likelihood under the model before
+            training. It goes with the pair, not with the row, of which a dataset's transform returns what it likes.
     """
 
     def __init__(self, forget: Dataset, retain: Dataset | None, seed: int):
@@ -51,6 +55,7 @@ class PairedRows(torch.utils.data.Dataset):
         # Shared, so that worker processes that live on over epochs see it too
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
         self._permutation: tuple[int, list[int]] = (-1, [])
+        self.reference_nll: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.forget)
@@ -80,6 +85,8 @@ class PairedRows(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         pair = {FORGET: self.forget[index]}
+        if self.reference_nll is not None:
+            pair[REFERENCE_NLL] = self.reference_nll[index]
         if self.retain is not None:
             pair[RETAIN] = self.retain[self.partner(index)]
         return pair
@@ -105,8 +112,8 @@ class PairCollator:
         forget = dict(self._labelled(FORGET, rows, self.skip_tokens))
         if self.skip_tokens:
             forget["labels"] = skip_labels(forget["labels"], self.skip_tokens)
-        if REFERENCE_NLL in rows[0][FORGET]:
-            forget[REFERENCE] = torch.tensor([row[FORGET][REFERENCE_NLL] for row in rows])
+        if REFERENCE_NLL in rows[0]:
+            forget[REFERENCE] = torch.tensor([row[REFERENCE_NLL] for row in rows])
         batch = {FORGET: forget}
         if RETAIN in rows[0]:
             batch[RETAIN] = dict(self._labelled(RETAIN, rows, 0))

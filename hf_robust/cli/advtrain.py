@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from datasets import ClassLabel
@@ -18,7 +19,9 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 
 from hf_robust.cli.arguments import adapter_config, check_not_quantized, finish, loading_arguments
 from hf_robust.cli.images import load_rows
+from hf_robust.sites.pixels import image_channels, with_channels
 from hf_robust.trainers import AdversarialConfig, AdversarialTrainer
+from hf_robust.trainers.labels import names_of, numbered_as
 
 _LABELS = ("labels", "label")
 _HEADS = ("classifier", "head", "score")
@@ -73,9 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     eval_rows = _labelled(load_rows(script_args, script_args.dataset_test_split, False)) if evaluates else None
     known = {"revision": model_args.model_revision}
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **known)
-    given = {**loading_arguments(model_args), **_classes(train_rows, config)}
+    classes = _classes(train_rows, config)
+    names = list(classes["id2label"].values()) if classes else names_of(config)
+    train_rows = numbered_as(train_rows, "labels", names)
+    eval_rows = None if eval_rows is None else numbered_as(eval_rows, "labels", names)
+    given = {**loading_arguments(model_args), **classes}
     is_image = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    prepare = _images if is_image else _texts
+    prepare = partial(_images, channels=image_channels(config)) if is_image else _texts
     processing, convert, collator = prepare(model_args.model_name_or_path, known, columns, train_rows, training_args)
     model_class = AutoModelForImageClassification if is_image else AutoModelForSequenceClassification
     model = model_class.from_pretrained(model_args.model_name_or_path, **given)
@@ -110,27 +117,29 @@ def _labelled(rows: Any) -> Any:
 
 
 def _classes(rows: Any, config: Any) -> dict[str, Any]:
-    """Names and number of classes where the dataset knows them and the model has others: it gets a new head then."""
+    """Names and number of classes where the dataset knows them and the model has others; with another number, a new head."""
     feature = rows.features["labels"]
-    if not isinstance(feature, ClassLabel) or feature.num_classes == config.num_labels:
+    if not isinstance(feature, ClassLabel) or sorted(feature.names) == sorted(names_of(config)):
         return {}
     names = dict(enumerate(feature.names))
     return {
         "num_labels": len(names),
         "id2label": names,
         "label2id": {name: number for number, name in names.items()},
-        "ignore_mismatched_sizes": True,
+        "ignore_mismatched_sizes": len(names) != config.num_labels,
     }
 
 
-def _images(name: str, known: dict[str, Any], columns: ColumnArguments, rows: Any, args: AdversarialConfig) -> Any:
+def _images(
+    name: str, known: dict[str, Any], columns: ColumnArguments, rows: Any, args: AdversarialConfig, *, channels: int
+) -> Any:
     """Image processor, and a conversion of rows to pixel values as they are read."""
     _check_column("image_column", columns.image_column, rows)
     processor = AutoImageProcessor.from_pretrained(name, **known)
     args.remove_unused_columns = False  # the images themselves are needed until a row is read
 
     def pixels(batch: dict[str, list[Any]]) -> dict[str, Any]:
-        images = [image.convert("RGB") if image.mode != "RGB" else image for image in batch[columns.image_column]]
+        images = [with_channels(image, channels) for image in batch[columns.image_column]]
         found = processor(images=images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": list(found), "labels": batch["labels"]}
 

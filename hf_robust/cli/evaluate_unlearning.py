@@ -41,10 +41,14 @@ class EvaluateUnlearningArguments:
         utility_files (`list[str]`):
             Further questions that the model should answer, as `NAME=FILE`.
         holdout_file (`str`, *optional*):
-            Questions like those of the forget set that no model was trained on, for membership inference.
+            Questions like those of the forget set that none of the models was trained on, for membership inference. Rows of the
+            forget set that were not trained on, either (other phrasings), have `trained` false and are left out of it.
         file_format (`str`, defaults to `"auto"`):
             `"tofu"`, `"muse"` or `"wmdp"` for files of these sets; `"auto"` tells them by their columns, and takes others as
             they are.
+        conversational (`bool`, *optional*):
+            Whether plain prompts and completions become chat messages, as in `hf-robust unlearn`. Default: whether the
+            tokenizer has a chat template.
         original (`str`, *optional*):
             The model before unlearning: the ceiling.
         oracle (`str`, *optional*):
@@ -103,8 +107,12 @@ class EvaluateUnlearningArguments:
     utility_files: list[str] = field(
         default_factory=list, metadata={"help": "Further questions that should be answered, as NAME=FILE."}
     )
-    holdout_file: str | None = field(default=None, metadata={"help": "Questions that no model was trained on."})
+    holdout_file: str | None = field(default=None, metadata={"help": "Unseen questions, for membership inference."})
     file_format: str = field(default="auto", metadata={"help": f"Of the files: {', '.join(FORMATS)}."})
+    conversational: bool | None = field(
+        default=None,
+        metadata={"help": "Turn plain rows into chat messages. Default: whether the tokenizer has a chat template."},
+    )
     original: str | None = field(default=None, metadata={"help": "The model before unlearning."})
     oracle: str | None = field(default=None, metadata={"help": "A model trained without the forget set."})
     adapter: str | None = field(default=None, metadata={"help": "Folder or Hub id of a PEFT adapter."})
@@ -189,14 +197,20 @@ class EvaluateUnlearningArguments:
             print(f"hf-robust evaluate: {options} does not bound {', '.join(unbounded)}.", file=sys.stderr)
         return attacks
 
-    def read(self, path: str, argument: str, conversational: bool) -> Any:
+    def as_messages(self, tokenizer: Any) -> bool | None:
+        """Whether plain rows become messages; `None` leaves rows as they are."""
+        if self.conversational is not None:
+            return self.conversational
+        return True if getattr(tokenizer, "chat_template", None) is not None else None
+
+    def read(self, path: str, argument: str, conversational: bool | None) -> Any:
         """
         Rows of a file, the first `limit` of them.
 
         Args:
             path: the file.
             argument: name of the option, for errors.
-            conversational: whether questions of a public set become messages.
+            conversational: see [`~hf_robust.data.load_unlearning`].
         """
         rows, _ = load_unlearning(path, file_format=self.file_format, conversational=conversational, argument=argument)
         return rows if self.limit is None else rows.select(range(min(self.limit, len(rows))))
@@ -235,7 +249,7 @@ def _evaluate(options: EvaluateUnlearningArguments) -> None:
         model_name_or_path=options.model_name_or_path, adapter=options.adapter, model_revision=options.model_revision, **shared
     )  # fmt: skip
     tokenizer = load_tokenizer(source)
-    chat = getattr(tokenizer, "chat_template", None) is not None
+    chat = options.as_messages(tokenizer)
     # Before the models: a file that is missing is found at once
     rows = {
         "forget": options.read(options.forget_file, "--forget_file", chat),

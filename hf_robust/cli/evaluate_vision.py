@@ -1,5 +1,6 @@
 """`hf-robust evaluate` for image classifiers, CLIP and vision-language models: accuracy under attack on the pixels."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -144,15 +145,15 @@ class EvaluateVisionArguments:
     def build_attacks(self, image_processor: Any, num_classes: int | None) -> dict[str, Any]:
         """
         The attacks asked for, by the names that the report gives them. What is not the standard set of AutoAttack is called by
-        its parts.
+        its parts. Where two would have the same name, the second has the one it was asked for by in brackets.
 
         Args:
             image_processor: of the model.
             num_classes: of a classifier; `None` for a model that answers in text.
 
         Raises:
-            ValueError: an unknown attack or setting, settings of an attack that does not run, or AutoAttack on a model that
-                answers in text.
+            ValueError: an unknown attack or setting, settings of an attack that does not run, two attacks of one name, or
+                AutoAttack on a model that answers in text.
         """
         from hf_robust.attacks.registry import build_from, settings_of
         from hf_robust.report.vision_attacks import radius_text, vision_attacks
@@ -169,10 +170,20 @@ class EvaluateVisionArguments:
             shared = {key: value for key, value in common.items() if key in takes}
             for epsilon in [own.pop("epsilon")] if "epsilon" in own else radii:
                 attack = build_from(known, kind, {**shared, "epsilon": epsilon, **own})
+                radius = f" {radius_text(epsilon)}" if len(radii) > 1 else ""
                 shown = name
                 if kind == "autoattack" and "autoattack" in name.lower():
                     shown = attack.name(num_classes)
-                attacks[f"{shown} {radius_text(epsilon)}" if len(radii) > 1 else shown] = attack
+                    if shown + radius in attacks:
+                        # What is not the standard set may not be called AutoAttack in brackets either
+                        own_name = name if shown == "AutoAttack" else re.sub("(?i)autoattack", "", name).strip(" _-")
+                        shown += f" ({own_name or attack.norm})"
+                if shown + radius in attacks:
+                    raise ValueError(
+                        f"`--attacks`, `--epsilon`: two attacks have the name {shown + radius!r}. Leave one out, or give it "
+                        "a name of its own (an entry of `--attack_settings` with `attack`)."
+                    )
+                attacks[shown + radius] = attack
         return attacks
 
 
@@ -237,10 +248,10 @@ def _evaluate(options: EvaluateVisionArguments) -> None:
             templates = {"templates": options.templates} if options.templates else {}
             model = ZeroShotClassifier(model, processor, classes, **templates)
         else:
-            classes = [str(model.config.id2label[index]) for index in sorted(model.config.id2label)]
-            if names != classes and sorted(names) == sorted(classes):  # the same classes in another order
-                labels = [names[label] for label in dataset["label"]]
-                shared["dataset"] = dataset.remove_columns("label").add_column("label", labels)
+            from hf_robust.trainers.labels import names_of, numbered_as
+
+            classes = names_of(model.config)
+            shared["dataset"] = numbered_as(dataset, "label", classes)
         attacks = options.build_attacks(processor, len(classes))
         report = evaluate_vision(model, image_processor=processor, class_names=classes, attacks=attacks, **shared)
     show(report, folder, peft=options.adapter is not None)

@@ -8,10 +8,12 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl import ModelConfig, TrlParser
 
 from hf_robust.cli.arguments import finish, load_tokenizer, model_arguments
-from hf_robust.data import load_unlearning, load_utility
+from hf_robust.data import load_unlearning
 from hf_robust.data.unlearning import FORMATS
 from hf_robust.trainers import UnlearnConfig, UnlearnTrainer
 from hf_robust.trainers.unlearn_data import IMAGE_COLUMNS
+
+_TRAINED_ON = ("prompt", "completion", "messages", "text", *IMAGE_COLUMNS, "tools", "chat_template_kwargs")
 
 
 @dataclass
@@ -77,17 +79,16 @@ class UnlearnDataArguments:
         if source is None:
             return None
         has_template = True if tokenizer.chat_template is not None else None
-        chat = has_template if self.conversational is None else self.conversational
-        where: dict[str, Any] = {
-            "split": getattr(self, f"{kind}_split"),
-            "name": getattr(self, f"{kind}_dataset_config"),
-            "argument": f"{kind}_dataset_name",
-        }
-        rows, found = load_unlearning(source, file_format=self.file_format, conversational=bool(chat), **where)
-        if found == "auto":
-            return load_utility(source, conversational=chat, **where)
-        # What else a public set says of a row (its question once more, wrong answers) is for evaluations
-        return rows.select_columns([name for name in ("prompt", "completion", "text") if name in rows.column_names])
+        rows, _ = load_unlearning(
+            source,
+            split=getattr(self, f"{kind}_split"),
+            name=getattr(self, f"{kind}_dataset_config"),
+            file_format=self.file_format,
+            conversational=has_template if self.conversational is None else self.conversational,
+            argument=f"{kind}_dataset_name",
+        )
+        # What else there is to a row (its question once more, wrong answers) is for evaluations
+        return rows.select_columns([name for name in _TRAINED_ON if name in rows.column_names])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,7 +35,7 @@ def read_behaviors(
     path: PathLike,
     *,
     targets: PathLike | None = None,
-    conversational: bool = True,
+    conversational: bool | None = True,
     require_targets: bool = False,
     argument: str = "path",
 ) -> list[Behavior]:
@@ -53,7 +53,7 @@ def read_behaviors(
         targets: JSON of a HarmBench file's targets. Default: beside it, see [`targets_path`]; where none is there, the
             behaviours have no target. Of several targets the first is taken; all are kept in `metadata["targets"]`.
         conversational: `True` turns a text prompt into one user message (for a chat template); `False` leaves it as it is
-            and refuses messages.
+            and refuses messages; `None` leaves all prompts as they are.
         require_targets: whether a behaviour without target is an error. Attacks that aim need one; plain prompting and
             best-of-N do not.
         argument: what the user calls `path`, for the error messages.
@@ -83,7 +83,7 @@ def read_behaviors(
 
 
 def checked_behaviors(
-    behaviors: Sequence[Behavior], where: str, *, conversational: bool, require_targets: bool
+    behaviors: Sequence[Behavior], where: str, *, conversational: bool | None, require_targets: bool
 ) -> list[Behavior]:
     """
     The behaviours with their prompts as text or messages, after the checks that [`read_behaviors`] names.
@@ -110,7 +110,7 @@ def checked_behaviors(
             )
         kind = check_text_or_messages(behavior.prompt, f"`prompt` of {row}", _ROW_HINT)
         if kind == "messages":
-            if not conversational:
+            if conversational is False:
                 raise ValueError(f"`prompt` of {row} holds messages; `conversational=False` asks for plain text.")
             last = behavior.prompt[-1]
             if last["role"] != "user" or not isinstance(last["content"], str):

@@ -269,6 +269,25 @@ def load_utility(
     """
     where = f"`{argument}={str(source)!r}`"
     dataset = _load(source, split, name, streaming, where)
+    return utility_rows(dataset, where, conversational=conversational, csv=Path(source).suffix.lower() == ".csv")
+
+
+def utility_rows(
+    dataset: AnyDataset, where: str, *, conversational: bool | None, csv: bool = False, keep: bool = False
+) -> AnyDataset:
+    """
+    Rows as [`load_utility`] returns them.
+
+    Args:
+        dataset: the rows as they were read.
+        where: how errors name their source.
+        conversational: see [`load_utility`].
+        csv: whether messages may be JSON text.
+        keep: whether columns that say nothing else of prompt, completion or messages stay.
+
+    Raises:
+        ValueError: missing columns, empty or unsuitable cells.
+    """
     columns = _columns(dataset, where)
     if {"prompt", "response"} <= set(columns) and "completion" not in columns:
         logger.info("The column `response` of %s is renamed to `completion`.", where)
@@ -279,8 +298,10 @@ def load_utility(
         adversarial = behavior_format(columns) or {"chosen", "rejected"} <= set(columns)
         hint = "These are adversarial rows, which belong in the adversarial dataset. " if adversarial else ""
         raise ValueError(f"{where} is no utility data; its columns are {columns}. {hint}{_UTILITY_HINT}")
-    dataset = _keep(dataset, columns, (*wanted, *_IMAGE_COLUMNS, *_TEMPLATE_COLUMNS))
-    if Path(source).suffix.lower() == ".csv":
+    others = {column for kind in _UTILITY_FORMATS for column in kind}
+    kept = [c for c in columns if c not in others] if keep else [*_IMAGE_COLUMNS, *_TEMPLATE_COLUMNS]
+    dataset = _keep(dataset, columns, (*wanted, *kept))
+    if csv:
         dataset = _decode_messages(dataset, wanted, where)
     first = _first(dataset, where)
     if isinstance(dataset, Dataset):

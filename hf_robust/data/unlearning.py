@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 
 from hf_robust.data.behaviors import PathLike
-from hf_robust.data.readers import SUFFIXES, _load
+from hf_robust.data.readers import SUFFIXES, _load, utility_rows
 from hf_robust.threats import check_choice
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,10 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _QUESTION_COLUMNS = ("question", "answer")
 _TOFU_EXTRAS = ("paraphrased_question", "paraphrased_answer", "perturbed_answer")
 _WMDP_COLUMNS = ("question", "choices", "answer")
+# What an evaluation takes from a row of any form: see `hf_robust.report.unlearning_rows.as_questions`
+_NOTES = ("id", "category", "group", "target", "trained")
+# Text beside one of these is not all that a row says
+_NO_CORPUS = {"messages", "prompt", "question", "image", "images"}
 
 
 def read_tofu(path: PathLike, *, conversational: bool = True, argument: str = "path") -> Dataset:
@@ -34,8 +38,9 @@ def read_tofu(path: PathLike, *, conversational: bool = True, argument: str = "p
 
     Returns:
         A row for each of the file's, in its order: `prompt` and `completion` as `SFTTrainer` takes them, `question`,
-        `answer` and, where the file has them, `paraphrased_question`, `paraphrased_answer` (texts) and `perturbed_answers`
-        (the file's `perturbed_answer`: the wrong answers, a list of texts).
+        `answer` and, where the file has them, `paraphrased_question`, `paraphrased_answer` (texts), `perturbed_answers`
+        (the file's `perturbed_answer`: the wrong answers, a list of texts), and `id`, `category`, `group`, `target` and
+        `trained` as they are.
 
     Raises:
         FileNotFoundError: if the file is missing.
@@ -57,7 +62,7 @@ def _tofu(dataset: Dataset, where: str, conversational: bool) -> Dataset:
                 found["perturbed_answers"] = _texts(row[column], column, index, where)
             else:
                 found[column] = _filled(row, column, index, where)
-        rows.append(found)
+        rows.append({**found, **_notes(row)})
     return Dataset.from_list(rows)
 
 
@@ -116,8 +121,9 @@ def read_wmdp(path: PathLike, *, conversational: bool = True, argument: str = "p
 
     Returns:
         Questions: `prompt` (the question, the lettered choices and "Answer:"), `completion` (the right choice with its
-        letter, "B. …"), `question`, `choices`, `answer` (as `completion`, text) and `perturbed_answers` (the wrong choices
-        with their letters). Corpora: `text`; blank documents are left out.
+        letter, "B. …"), `question`, `choices`, `answer` (as `completion`, text), `perturbed_answers` (the wrong choices with
+        their letters) and, where the file has them, `id`, `category`, `group`, `target` and `trained`. Corpora: `text`;
+        blank documents are left out.
 
     Raises:
         FileNotFoundError: if the file is missing.
@@ -156,6 +162,7 @@ def _wmdp(dataset: Dataset, where: str, conversational: bool) -> Dataset:
                 "choices": choices,
                 "answer": options[answer],
                 "perturbed_answers": [option for place, option in enumerate(options) if place != answer],
+                **_notes(row),
             }
         )
     return Dataset.from_list(rows)
@@ -170,7 +177,7 @@ def load_unlearning(
     split: str = "train",
     name: str | None = None,
     file_format: str = "auto",
-    conversational: bool = True,
+    conversational: bool | None = True,
     argument: str = "source",
 ) -> tuple[Dataset, str]:
     """
@@ -178,35 +185,53 @@ def load_unlearning(
 
     Args:
         source: a file as [`read_tofu`] and the others take it; or Hub id or folder.
-        split: split of a Hub dataset or a folder.
-        name: configuration of a Hub dataset, such as TOFU's `forget10`.
+        split: split of a Hub dataset or a folder. A file has only `"train"`.
+        name: configuration of a Hub dataset, such as TOFU's `forget10`. A file has none.
         file_format: `"tofu"`, `"muse"` or `"wmdp"`; `"auto"` (default) tells them by the columns of the first row.
-        conversational: whether questions become messages, or stay plain text.
+        conversational: `True` (default) turns questions, and plain prompts and completions, into messages. `None` leaves rows
+            as they are and questions plain text; `False` also refuses messages. Passages and documents are always plain text.
         argument: what the user calls `source`, for error messages.
 
     Returns:
-        The rows and their format: see [`read_tofu`], [`read_muse`] and [`read_wmdp`]; rows of none of these as they are, and
-        `"auto"`.
+        The rows and their format: see [`read_tofu`], [`read_muse`] and [`read_wmdp`]; documents that were told by their
+        columns (`text`, and neither messages, prompts, questions nor images) keep their other columns. Rows of none of these
+        and `"auto"`: as of [`load_utility`], with all columns that do not say the same in another form.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: an unknown format, or what the readers raise.
+        ValueError: an unknown format, a split or configuration that there is not, or what the readers raise.
     """
     check_choice("file_format", file_format, FORMATS)
     where = f"`{argument}={str(source)!r}`"
     if Path(source).expanduser().is_file():
+        if split != "train" or name is not None:
+            given = f"name={name!r}" if split == "train" else f"split={split!r}"
+            raise ValueError(
+                f"`{given}` with {where}: a file has the split 'train' alone, and no configurations. Leave it out, or give "
+                "the file that holds those rows."
+            )
         dataset, where = _read(source, argument)
     else:
         dataset = _load(source, split, name, False, where)
         if not len(dataset):
             raise ValueError(f"{where} has no rows. Check `split={split!r}`.")
-    found = _told_format(set(dataset.column_names)) if file_format == "auto" else file_format
-    return (dataset, found) if found == "auto" else (_CONVERTERS[found](dataset, where, conversational), found)
+    columns = set(dataset.column_names)
+    found = _told_format(columns) if file_format == "auto" else file_format
+    if found == "auto":
+        csv = Path(source).suffix.lower() == ".csv"
+        return utility_rows(dataset, where, conversational=conversational, csv=csv, keep=True), found
+    if file_format == "auto" and _is_corpus(columns):
+        return _documents(dataset, where, keep=True), found
+    return _CONVERTERS[found](dataset, where, bool(conversational)), found
+
+
+def _is_corpus(columns: set[str]) -> bool:
+    return "text" in columns and not columns & _NO_CORPUS
 
 
 def _told_format(columns: set[str]) -> str:
-    """The public set that has such columns; `auto` for rows that are read as they are."""
-    if {"prompt", "gt"} <= columns or columns == {"text"}:
+    """The public set that has such columns; `auto` for rows as `SFTTrainer` takes them."""
+    if {"prompt", "gt"} <= columns or _is_corpus(columns):
         return "muse"
     if "prompt" in columns or not set(_QUESTION_COLUMNS) <= columns:
         return "auto"
@@ -310,9 +335,13 @@ def _plain_texts(file: Path) -> list[str] | None:
     return values if all(isinstance(value, str) for value in values) else None
 
 
-def _documents(dataset: Dataset, where: str) -> Dataset:
-    """Only the column `text`, without blank rows."""
-    documents = dataset.select_columns("text")
+def _notes(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _NOTES if name in row}
+
+
+def _documents(dataset: Dataset, where: str, keep: bool = False) -> Dataset:
+    """Only the column `text` (unless the others are kept), without blank rows."""
+    documents = dataset if keep else dataset.select_columns("text")
     kept = documents.filter(lambda text: isinstance(text, str) and bool(text.strip()), input_columns="text")
     if not len(kept):
         raise ValueError(f"{where} has no text. Check the file.")

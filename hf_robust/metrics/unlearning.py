@@ -252,6 +252,43 @@ def membership_auc(scores: Sequence[float], members: Sequence[float]) -> float:
     return (total - count * (count + 1) / 2) / (count * others)
 
 
+def auc_interval(value: float, members: float, others: float) -> tuple[float, float]:
+    """
+    95 % interval of an area under the ROC curve: the score interval of Newcombe (2006, Statistics in Medicine 25:559, method
+    5), all values that lie within 1.96 of their own standard errors of the one found. Like Wilson's interval of a share, which
+    it is for one text of each kind, it stays within [0, 1] and does not collapse to a point at 0 or 1.
+
+    Args:
+        value: the area, of [`membership_auc`].
+        members: number of members, at least 1; as many independent ones as they are worth, which need not be a whole number.
+        others: number of others, likewise.
+
+    Returns:
+        Lower and upper end, both in [0, 1].
+
+    Raises:
+        ValueError: a value outside [0, 1], or a number below 1.
+    """
+    _check_values("value", [value], 0, 1, "an area under the ROC curve, between 0 and 1")
+    _check_values("members", [members], 1, 1e300, "a number of texts, at least 1")
+    _check_values("others", [others], 1, 1e300, "a number of texts, at least 1")
+    z, mean = 1.959963984540054, (members + others) / 2 - 1
+
+    def too_far(area: float) -> bool:
+        # Hanley and McNeil's variance, with the mean number in place of both
+        pairs = 1 + mean * ((1 - area) / (2 - area) + area / (1 + area))
+        return (area - value) ** 2 > z * z * area * (1 - area) * pairs / (members * others)
+
+    ends = []
+    for outside in (0.0, 1.0):
+        inside = value
+        for _ in range(60):  # halvings, more than float64 has digits
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if too_far(middle) else (middle, outside)
+        ends.append(inside)
+    return ends[0], ends[1]
+
+
 def recovery(before: float, after: float, ceiling: float) -> float | None:
     """
     Share of what was forgotten that an attack brings back: (after - before) / (ceiling - before).

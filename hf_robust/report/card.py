@@ -18,7 +18,8 @@ _UNLEARNED = (
     "Success is an answer from the forget set. *original*: the model before unlearning, the ceiling. *oracle*: a model that "
     "never saw the forget set, the floor: what it answers, under attack too, is guessed or taught by the attack. Relearning "
     "trains on one part of the forget set and asks for the other. Forget quality is the p-value of a test that the model and "
-    "the oracle are not told apart (near 1 is good); recovery is the share of what was forgotten that an attack brings back."
+    "the oracle are not told apart (near 1 is good); recovery is the share of what was forgotten that an attack brings back; "
+    "membership inference, an AUC, tells forget questions from questions that no model saw (0.5: not told apart)."
 )
 # Pipeline tag and library of each kind of model; a report of another kind than text names it in its data
 _TEXT, _IMAGES = "text-generation", "text-to-image"

@@ -13,7 +13,7 @@ import torch
 
 from hf_robust.data.behavior import Behavior
 from hf_robust.data.behaviors_file import behaviors_digest, write_behaviors
-from hf_robust.data.redaction import describe_error
+from hf_robust.data.redaction import describe_error, redacted
 from hf_robust.metrics.image_judges import as_uint8
 from hf_robust.report.diffusion_figures import attack_rates, pre_attack_rates, utility_rate
 from hf_robust.report.diffusion_flags import find_diffusion_flags
@@ -250,7 +250,7 @@ def describe_judge(judge: Any) -> dict[str, Any]:
         judge: see [`evaluate_diffusion`].
     """
     name = getattr(judge, "name", None) or getattr(judge, "__qualname__", type(judge).__qualname__)
-    settings = dict(getattr(judge, "settings", {}))
+    settings = dict(redacted(getattr(judge, "settings", {})))
     if isinstance(getattr(judge, "model", None), torch.nn.Module):
         settings["weights"] = fingerprint(judge.model)["weights"]
     return {"name": str(name), "settings": settings}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_robust.data.behavior import Behavior
-from hf_robust.data.redaction import describe_error
+from hf_robust.data.redaction import describe_error, without_tokens
 from hf_robust.files import whole_file
 from hf_robust.metrics.image_judges import as_uint8
 from hf_robust.metrics.judges import Verdict
@@ -217,6 +217,7 @@ def row_of(behavior_id: str, result: Any, verdict: dict[str, Any] | None, pictur
         for field in fields(result)
         if field.name not in ("image", "embeddings")
     }
+    values["error"] = without_tokens(result.error)
     if verdict is None:
         verdict = {**asdict(Verdict(success=False)), "label": None}
     return {"id": behavior_id, "picture": picture, "result": finite({**values, "truncated": False}), "verdict": verdict}

@@ -20,7 +20,7 @@ from hf_robust.attacks.registry import ATTACKS
 from hf_robust.attacks.results import AttackResult
 from hf_robust.data.behavior import Behavior
 from hf_robust.data.behaviors_file import behaviors_digest, write_behaviors
-from hf_robust.data.redaction import describe_error
+from hf_robust.data.redaction import describe_error, redacted
 from hf_robust.metrics.arithmetic import exact_matches
 from hf_robust.metrics.judges import Judge, Verdict, as_judge
 from hf_robust.metrics.likelihood import text_losses
@@ -149,7 +149,7 @@ def evaluate_robustness(
     settings = {name: settings_of(attack) for name, attack in attacks.items()}
     folder = None if output_dir is None else Path(output_dir)
     records = Records(None if folder is None else folder / "records", [stage.name for stage in stages])
-    description = {"name": judge.name, "settings": judge.settings}
+    description = {"name": judge.name, "settings": redacted(judge.settings)}
     data = {**_describe_data(attacked, users, batch_size, max_new_tokens), **precision_of(model)}
     if folder is not None:
         if overwrite:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_robust.attacks.registry import ATTACKS
-from hf_robust.data.redaction import redacted
+from hf_robust.data.redaction import MARK, redacted, without_tokens
 from hf_robust.report.report import write_json
 
 # Values hashed of each tensor, evenly spread: any training moves some of them, and a model of 70B parameters is read in
@@ -118,7 +118,8 @@ def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """
-    Where two plans differ: `"attacks.gcg.num_steps (50 before, 60 now)"`.
+    Where two plans differ: `"attacks.gcg.num_steps (50 before, 60 now)"`. What is redacted in the new one is not compared: an
+    older version may have kept it in the old one.
 
     Args:
         old: plain values.
@@ -138,12 +139,12 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         text = value if isinstance(value, str) else json.dumps(value)
         return text if len(text) <= 40 else f"{text[:37]}..."
 
-    return [] if old == new else [f"{name} ({short(old)} before, {short(new)} now)"]
+    return [] if new in (old, MARK) else [f"{name} ({short(old)} before, {short(new)} now)"]
 
 
 def check_plan(path: Path, plan: dict[str, Any], argument: str = "output_dir") -> None:
     """
-    Write the plan, or make sure that what was begun in this folder followed the same one.
+    Write the plan, without access tokens and keys, or make sure that what was begun in this folder followed the same one.
 
     Args:
         path: plan.json.
@@ -153,14 +154,14 @@ def check_plan(path: Path, plan: dict[str, Any], argument: str = "output_dir") -
     Raises:
         ValueError: the folder holds work of another plan; the message names the differences.
     """
-    plan = json.loads(json.dumps(plan))
+    plan = without_tokens(json.loads(json.dumps(plan)))
     if not path.is_file():
         write_json(path, plan)
         return
     discard = "pass `overwrite=True` to discard" if argument == "output_dir" else "delete"
     remedy = f"Choose another `{argument}`, or {discard} the work that is there."
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = without_tokens(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"`{argument}={str(path.parent)!r}`: plan.json cannot be read ({error}). {remedy}") from error
     found = differences(old, plan)

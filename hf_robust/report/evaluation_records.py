@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_robust.attacks.results import AttackResult
+from hf_robust.data.redaction import without_tokens
 from hf_robust.metrics.judges import Verdict
 from hf_robust.report.report import write_json
 
@@ -23,6 +24,7 @@ Row = dict[str, Any]
 def row_of(behavior_id: str, result: AttackResult, verdict: Verdict | None) -> Row:
     """
     A behaviour's record. The embeddings of a continuous attack are left out; a number that is not finite becomes `None`.
+    Errors are kept without secrets; prompts and answers as they are.
 
     Args:
         behavior_id: id of the behaviour.
@@ -30,11 +32,9 @@ def row_of(behavior_id: str, result: AttackResult, verdict: Verdict | None) -> R
         verdict: of the judge; `None` where there is nothing to judge.
     """
     values = {field.name: getattr(result, field.name) for field in fields(result) if field.name != "embeddings"}
-    return {
-        "id": behavior_id,
-        "result": finite(values),
-        "verdict": None if verdict is None else finite(asdict(verdict)),
-    }
+    values["error"] = without_tokens(result.error)
+    judged = None if verdict is None else {**asdict(verdict), "error": without_tokens(verdict.error)}
+    return {"id": behavior_id, "result": finite(values), "verdict": finite(judged)}
 
 
 def finite(value: Any) -> Any:

@@ -169,7 +169,7 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """
-        Write the report as JSON, without access tokens; an older file is replaced only once the new one is whole.
+        Write the report as JSON, without access tokens and keys; an older file is replaced only once the new one is whole.
 
         Args:
             path: file to write.
@@ -177,7 +177,7 @@ class Report:
         Raises:
             ValueError: a figure or setting is NaN or infinite, which JSON cannot hold.
         """
-        return write_json(path, json.loads(without_tokens(json.dumps(asdict(self), allow_nan=False))))
+        return write_json(path, without_tokens(asdict(self)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Report":

@@ -251,7 +251,8 @@ class Quantization:
         """Measure a quantised copy; see [`Relearning.change`]."""
         found = quantized(model, bits=self.bits, method=self.method)
         measure(found.model)
-        return [Changed(note=f"{found.method}: {found.scheme}")]
+        left = f"; left as they were: {', '.join(found.left)}" if found.left else ""
+        return [Changed(note=f"{found.method}: {found.scheme}{left}")]
 
 
 class LogitLensProbe:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_robust.data.behavior import Behavior
 from hf_robust.data.behaviors_file import write_behaviors
+from hf_robust.data.redaction import redacted
 from hf_robust.metrics.judges import ExactJudge, Judge, as_judge
 from hf_robust.report.evaluation import Stage, attacked_rows, run_stages, silent
 from hf_robust.report.evaluation_figures import costs, summary
@@ -34,7 +35,7 @@ from hf_robust.report.unlearning_figures import (
     weights_summary,
 )
 from hf_robust.report.unlearning_flags import find_unlearning_flags
-from hf_robust.report.unlearning_rows import as_questions, ask, group_of, questions_digest
+from hf_robust.report.unlearning_rows import as_questions, ask, group_of, is_trained, questions_digest
 from hf_robust.sites import quiet
 from hf_robust.threats import check_at_least
 
@@ -83,7 +84,8 @@ def evaluate_unlearning(
             of [`~hf_robust.report.unlearning_attacks`] (relearning, quantisation, logit lens). Progress bars of their own are
             switched off.
         utility: further lists of questions that the model should answer, by name (real authors, world facts).
-        holdout: questions like those of `forget` that no model was trained on, for `membership_inference`.
+        holdout: questions that none of the models was trained on and that are like those of `forget`, but for its rows that
+            are not `trained`; for `membership_inference`: how well the two are told apart by how likely their answers are.
         original: the model before unlearning.
         oracle: a model trained without the forget set.
         attack_controls: whether the attacks run on original and oracle, too, which is three times the work. Without, nobody
@@ -123,6 +125,11 @@ def evaluate_unlearning(
         questions[name] = as_questions(rows, f"utility[{name!r}]")
     if holdout is not None:
         questions["holdout"] = as_questions(holdout, "holdout")
+        if not any(map(is_trained, questions["forget"])):
+            raise ValueError(
+                "`forget` has no row that was trained on (`trained` is false in all): membership inference against `holdout` "
+                "needs some. Leave `holdout` out, or give the rows as they were trained on."
+            )
     _check(attacks, subject)
 
     models = {subject: model, "original": original, "oracle": oracle}
@@ -145,7 +152,7 @@ def evaluate_unlearning(
         "max_new_tokens": max_new_tokens, **precision_of(model),
         **{name: fingerprint(given[name])["weights"] for name in CONTROLS if name in given},
     }  # fmt: skip
-    description = {"name": judge.name, "settings": judge.settings}
+    description = {"name": judge.name, "settings": redacted(judge.settings)}
     folder = None if output_dir is None else Path(output_dir)
     shared = None if controls_dir is None else Path(controls_dir)
     elsewhere = {
@@ -356,6 +363,7 @@ def _measure(
     # Of questions that ask for the same thing one: a test over all would take them for independent
     first = set({group_of(question): question.id for question in reversed(questions["forget"])}.values())
     groups = {name: {question.id: group_of(question) for question in listed} for name, listed in questions.items()}
+    members = {question.id for question in questions["forget"] if is_trained(question)}
     alone = {one: [row for row in rows[one, "forget"] if row["id"] in first] for one in subjects}
     all_changed, all_prompted = dict[str, dict[str, list[Point]]](), dict[str, dict[str, list[Row]]]()
     for one in subjects:
@@ -374,7 +382,9 @@ def _measure(
             found += known(one, name, listed, groups[name])
         found += model_utility(one, kept)
         if "holdout" in questions:
-            found += membership(one, rows[one, "forget"], rows[one, "holdout"])
+            found += membership(
+                one, [row for row in rows[one, "forget"] if row["id"] in members], rows[one, "holdout"], groups
+            )
         if "oracle" in subjects:
             found += quality(one, alone[one], alone["oracle"])
         for name, points in changed.items():

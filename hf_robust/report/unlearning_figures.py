@@ -4,7 +4,8 @@ From records of an unlearning evaluation to figures: pure functions over rows.
 Phrasings of one fact (rows of one `group`) stand or fall together. Wilson's interval of a share over n questions, m of them in
 a group, therefore takes n² / Σm² trials for independent (Kish's effective sample size): as many as there are groups if all are
 of one size, fewer otherwise, down to 1 as one group outweighs the rest. That of a mean is cluster-robust, with Student's
-quantile for the number of groups. Values and `count` are over questions all the same.
+quantile for the number of groups; that of an AUC is Newcombe's, over as many of each list as they are worth. Values and `count`
+are over questions all the same.
 """
 
 import dataclasses
@@ -176,11 +177,16 @@ def _over_groups(
     """Shares with the intervals of as many trials as the questions (ids) that each is over are worth."""
     found = []
     for m in measurements:
-        sizes = Counter(_groups(counted(m), groups)).values()
-        count = sum(sizes) ** 2 / sum(size**2 for size in sizes)
+        count = _worth(_groups(counted(m), groups))
         low, high = wilson_interval(m.value * count, count)
         found.append(dataclasses.replace(m, low=low, high=high))
     return found
+
+
+def _worth(groups: Iterable[str]) -> float:
+    """How many independent ones the questions of these groups are worth."""
+    sizes = Counter(groups).values()
+    return sum(sizes) ** 2 / sum(size**2 for size in sizes)
 
 
 def attack_rates(
@@ -428,26 +434,33 @@ def quality(subject: str, rows: Sequence[Row], oracle: Sequence[Row]) -> list[Me
     return []
 
 
-def membership(subject: str, members: Sequence[Row], others: Sequence[Row]) -> list[Measurement]:
+def membership(
+    subject: str,
+    members: Sequence[Row],
+    others: Sequence[Row],
+    groups: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[Measurement]:
     """
     `membership_inference`: AUC of Min-K% between the forget set and questions that no model was trained on (0.5: not to be
-    told apart).
+    told apart; below, the forgotten ones stick out as less likely).
 
     Args:
         subject: what the report calls the model.
         members: rows of the forget set.
         others: rows of the holdout.
+        groups: the group of each question by id, of the lists `"forget"` and `"holdout"`; see [`known`].
     """
-    pairs = [
-        (row["scores"]["min_k"], member)
-        for part, member in ((members, 1), (others, 0))
-        for row in part
-        if row["scores"]["min_k"] is not None
-    ]
-    if len({member for _, member in pairs}) < 2:
-        return []
-    value = metrics.membership_auc(*zip(*pairs, strict=True))
-    return [Measurement.scalar(subject, "membership_inference", "forget", "none", value, len(pairs), "AUC")]
+    scores, worth = [], []
+    for name, rows in (("forget", members), ("holdout", others)):
+        listed = {row["id"]: row["scores"]["min_k"] for row in rows if row["scores"]["min_k"] is not None}
+        if not listed:
+            return []
+        scores.append(list(listed.values()))
+        worth.append(_worth(_groups(listed, None if groups is None else groups[name])))
+    labels = [1] * len(scores[0]) + [0] * len(scores[1])
+    value = metrics.membership_auc(scores[0] + scores[1], labels)
+    low, high = metrics.auc_interval(value, *worth)
+    return [Measurement.scalar(subject, "membership_inference", "forget", "none", value, len(labels), "AUC", low, high)]
 
 
 def weights_summary(name: str, settings: dict[str, Any], rows: Sequence[Row], seconds: float) -> AttackSummary:

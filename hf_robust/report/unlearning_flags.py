@@ -1,6 +1,6 @@
 """Signs that an evaluation flatters an unlearned model: pure functions of what was measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hf_robust.attacks.forgetting.probes import holds_answer
@@ -40,6 +40,8 @@ def find_unlearning_flags(
         *ceiling(report),
         *floor(report),
         *no_power(report),
+        *membership_has_no_power(report),
+        *holdout_differs(report),
         *below_floor(report, subject),
         *utility_lost(report, subject),
         *no_weight_attacks(report),
@@ -51,6 +53,7 @@ def find_unlearning_flags(
         *target_holds_answer(report, questions["forget"]),
         *whole_completions(report, questions["forget"]),
         *overlap(questions),
+        *holdout_seen(questions),
         *truncated_answers(report.runs),
         *failed_behaviors(report.runs),
     ]
@@ -148,6 +151,49 @@ def no_power(report: Report) -> list[Flag]:
             f"The forget quality of the model before unlearning is {original.value:.2g} over {original.count} questions: the "
             "test cannot tell a model that knows from one that does not, so a high figure shows nothing.",
             "Ask more questions, or give them perturbed answers.",
+        )
+    ]
+
+
+def membership_has_no_power(report: Report) -> list[Flag]:
+    """
+    Membership inference that does not even find what the original was trained on.
+
+    Args:
+        report: with `membership_inference` of the original, if it was measured.
+    """
+    original = report.find("original", "membership_inference", "forget")
+    if original is None or original.low is None or original.low > 0.5:
+        return []
+    return [
+        Flag(
+            "membership_has_no_power",
+            None,
+            f"Membership inference has an AUC of {original.value:.2f} on the model before unlearning, its 95 % interval goes "
+            "down to chance (0.5): a figure near 0.5 of the unlearned model shows nothing.",
+            "Ask more questions, or such as the model before unlearning knows and those of the holdout it cannot guess.",
+        )
+    ]
+
+
+def holdout_differs(report: Report) -> list[Flag]:
+    """
+    A holdout that is told from the forget set by a model that saw neither: membership inference then finds another kind of
+    question, not what was trained on.
+
+    Args:
+        report: with `membership_inference` of the oracle, if it was measured.
+    """
+    oracle = report.find("oracle", "membership_inference", "forget")
+    if oracle is None or oracle.low is None or oracle.high is None or oracle.low <= 0.5 <= oracle.high:
+        return []
+    return [
+        Flag(
+            "holdout_differs",
+            None,
+            f"The oracle, which never saw the forget set, tells it from the holdout (AUC {oracle.value:.2f}, 95 % interval "
+            f"{oracle.low:.2f} to {oracle.high:.2f}): the questions differ in kind, or it has seen the holdout.",
+            "Take a holdout like the forget set that no model was trained on; until then compare with the oracle, not 0.5.",
         )
     ]
 
@@ -385,21 +431,44 @@ def overlap(questions: Mapping[str, Sequence[Behavior]]) -> list[Flag]:
     Args:
         questions: the lists asked.
     """
-    forgotten = {q.text: q.id for q in questions["forget"]}
-    flags = []
+    return [
+        Flag(
+            "forget_overlap",
+            None,
+            f"{count} questions of {name} stand in the forget set, too ({named}).",
+            f"Leave them out of {name}.",
+        )
+        for name, count, named in _shared(questions, "forget")
+    ]
+
+
+def holdout_seen(questions: Mapping[str, Sequence[Behavior]]) -> list[Flag]:
+    """
+    Questions of the holdout that stand in a list which models should know: those have been seen.
+
+    Args:
+        questions: the lists asked. (Those that stand in the forget set are found by [`overlap`].)
+    """
+    return [
+        Flag(
+            "holdout_seen",
+            None,
+            f"{count} questions of {name} stand in the holdout, too ({named}): a model that was trained to keep them has seen "
+            "them, and membership inference is measured against what it knows.",
+            "Take a holdout that no model was trained on.",
+        )
+        for name, count, named in _shared(questions, "holdout")
+        if name != "forget"
+    ]
+
+
+def _shared(questions: Mapping[str, Sequence[Behavior]], one: str) -> Iterator[tuple[str, int, str]]:
+    """Each list that has questions of the list `one`: its name, how many, and some of their ids."""
+    ids = {q.text: q.id for q in questions.get(one, [])}
     for name, rows in questions.items():
-        both = [f"{forgotten[q.text]} = {q.id}" for q in rows if q.text in forgotten] if name != "forget" else []
+        both = [f"{ids[q.text]} = {q.id}" for q in rows if q.text in ids] if name != one else []
         if both:
-            named = ", ".join(both[:_SHOWN]) + (", …" if len(both) > _SHOWN else "")
-            flags.append(
-                Flag(
-                    "forget_overlap",
-                    None,
-                    f"{len(both)} questions of {name} stand in the forget set, too ({named}).",
-                    f"Leave them out of {name}.",
-                )
-            )
-    return flags
+            yield name, len(both), ", ".join(both[:_SHOWN]) + (", …" if len(both) > _SHOWN else "")
 
 
 def _curves(report: Report, subject: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ _SHOWN_IDS = 8
 _FORMS = "Give rows with `prompt` and `completion` (text or messages), `question` and `answer`, `messages`, or `text`."
 # What a row may say besides its question: other ways to say the right answer, and wrong answers of its form
 PARAPHRASED, PERTURBED = "paraphrased_answer", "perturbed_answers"
+# … and whether these very words were trained on
+TRAINED = "trained"
 
 
 def as_questions(rows: Any, argument: str) -> list[Behavior]:
@@ -37,11 +40,12 @@ def as_questions(rows: Any, argument: str) -> list[Behavior]:
             completion that attacks aim at; default: [`~hf_robust.attacks.forgetting.probes.probe_target`]), `id`,
             `category`, `group` (the same for rows that ask for the same thing: relearning on one of them gives the others
             away, and forget quality counts them once), `paraphrased_answer` and `perturbed_answers` (or the other number; text,
-            or a list of texts).
+            or a list of texts), `trained` (false for a row of the forget set whose words no model was trained on, such as
+            another phrasing of one that was: membership inference leaves it out).
         argument: name of the argument, for errors.
 
     Raises:
-        ValueError: no rows, a row without question or answer, or ids given twice.
+        ValueError: no rows, a row without question or answer, a `trained` that is neither true nor false, or ids given twice.
     """
     if isinstance(rows, str | Mapping) or not hasattr(rows, "__len__") or not len(rows):
         raise ValueError(f"`{argument}={rows!r}` must be a dataset or list with at least one row. {_FORMS}")
@@ -64,11 +68,12 @@ def _question(row: Any, place: int, argument: str) -> Behavior:
     except ValueError as error:
         raise ValueError(str(error).replace("`rows[", f"`{argument}[", 1)) from error
     if prompt is None:  # plain text: its first half asks for the second
-        words = completion.split()
-        if len(words) < 2:
-            raise ValueError(f"`{argument}[{place}]` has a text of {len(words)} words: it needs two to be continued.")
-        half = len(words) // 2
-        prompt, completion = " ".join(words[:half]), " " + " ".join(words[half:])
+        ends = [word.end() for word in re.finditer(r"\S+", completion)]
+        if len(ends) < 2:
+            raise ValueError(f"`{argument}[{place}]` has a text of {len(ends)} words: it needs two to be continued.")
+        # With its line breaks and indentation, as it was trained on
+        half = ends[len(ends) // 2 - 1]
+        prompt, completion = completion[:half], completion[half:]
     if not rouge_words(completion):
         raise ValueError(
             f"`{argument}[{place}]` has the completion {completion!r} without a word to recall. Leave it out."
@@ -77,6 +82,12 @@ def _question(row: Any, place: int, argument: str) -> Behavior:
     extra: dict[str, Any] = {"completion": completion}
     if row.get("group") is not None:
         extra["group"] = str(row["group"])
+    if row.get(TRAINED) not in (None, True, False):
+        raise ValueError(
+            f"`{argument}[{place}]` has `{TRAINED}={row[TRAINED]!r}`: give true or false, or leave it out."
+        )
+    if row.get(TRAINED) is not None and not row[TRAINED]:
+        extra[TRAINED] = False
     for key, other in ((PARAPHRASED, "paraphrased_answers"), (PERTURBED, "perturbed_answer")):
         given = row.get(key) or row.get(other)
         if given:
@@ -89,6 +100,16 @@ def _question(row: Any, place: int, argument: str) -> Behavior:
         answer=answer.strip() if isinstance(answer, str) and answer.strip() else completion.strip(),
         metadata=extra,
     )
+
+
+def is_trained(question: Behavior) -> bool:
+    """
+    Whether the words of a forget question were trained on, as far as its row says.
+
+    Args:
+        question: of [`as_questions`].
+    """
+    return bool(question.metadata.get(TRAINED, True))
 
 
 def group_of(question: Behavior) -> str:
@@ -213,6 +234,13 @@ def score_answers(
     return found
 
 
+def _begun_as(completion: str, behavior: Behavior, text: str) -> str:
+    """An answer set apart from a plain prompt as the completion is; a chat template does so itself."""
+    if not isinstance(behavior.prompt, str):
+        return text
+    return completion[: len(completion) - len(completion.lstrip())] + text.lstrip()
+
+
 def _truth_ratios(
     model: nn.Module, tokenizer: Any, behaviors: Sequence[Behavior], batch_size: int
 ) -> list[float | None]:
@@ -221,9 +249,10 @@ def _truth_ratios(
     for place, behavior in enumerate(behaviors):
         wrong = behavior.metadata.get(PERTURBED)
         if wrong:
-            right = behavior.metadata.get(PARAPHRASED) or [behavior.metadata["completion"]]
-            asked += [(place, True, behavior.prompt, text) for text in right]
-            asked += [(place, False, behavior.prompt, text) for text in wrong]
+            completion = behavior.metadata["completion"]
+            right = behavior.metadata.get(PARAPHRASED) or [completion]
+            for is_right, texts in ((True, right), (False, wrong)):
+                asked += [(place, is_right, behavior.prompt, _begun_as(completion, behavior, text)) for text in texts]
     if not asked:
         return [None] * len(behaviors)
     prompts, texts = [entry[2] for entry in asked], [entry[3] for entry in asked]

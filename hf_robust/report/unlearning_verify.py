@@ -10,7 +10,7 @@ from hf_robust.data.behavior import Behavior
 from hf_robust.report.claims import Claim
 from hf_robust.report.rebuild import rebuild_attack
 from hf_robust.report.unlearning_attacks import forgetting_attacks
-from hf_robust.report.unlearning_rows import as_questions, questions_digest
+from hf_robust.report.unlearning_rows import as_questions, is_trained, questions_digest
 from hf_robust.report.verify import Plan
 
 
@@ -30,17 +30,26 @@ class UnlearningPlan(Plan):
     def _read(self, path: Path, digest: str) -> list[Behavior]:
         from hf_robust.data.behaviors_file import read_behaviors
 
-        for conversational in (False, True):
+        # As they were asked, which may be messages in one list and passages in another; else a file of plain prompts
+        for conversational in (None, True):
             try:
                 found = as_questions(read_behaviors(path, conversational=conversational), path.name)
             except ValueError:
-                continue  # prompts of the other kind
+                continue
             if questions_digest(found) == digest:
                 return found
         raise ValueError(f"{path.name} does not hold the questions of the card (their digests differ)")
 
     def reason(self, claim: Claim) -> str | None:
         found = super().reason(claim)
+        if found is None and claim.metric == "membership_inference":
+            if "utility" not in self._data:
+                return self._problems.get(
+                    "data utility", "the card makes no claim over utility.jsonl, which has the holdout"
+                )
+            if not any(row.category == "holdout" for row in self._data["utility"]):
+                return "utility.jsonl has no questions of the holdout"
+            return None
         if found is not None or claim.attack in ("none", "any") or claim.attack in self._attacks:
             return found
         return self._problems.get(f"attack {claim.attack}", f"the card does not state the settings of {claim.attack}")
@@ -54,12 +63,14 @@ class UnlearningPlan(Plan):
         if not listed.get("retain"):
             raise ValueError("utility.jsonl has no questions of the retain set")
         kept = {name: rows[: self._limit] for name, rows in listed.items()}
-        kept.pop("holdout", None)
+        forget, holdout = self._data["behaviors"][: self._limit], kept.pop("holdout", None)
         return evaluate_unlearning(
             model,
             tokenizer=tokenizer,
-            forget=self._data["behaviors"][: self._limit],
+            forget=forget,
             retain=kept.pop("retain"),
+            # Of the first rows all may be other phrasings, which are no members
+            holdout=holdout if any(map(is_trained, forget)) else None,
             utility=kept,
             attacks=self._attacks,
             judge=self._judge,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_robust.data.behavior import Behavior
+from hf_robust.data.redaction import redacted
 from hf_robust.report.card import DATA_OF, without_none
 from hf_robust.report.claims import Claim, ModelFiles, read_claims
 from hf_robust.report.rebuild import load_model, read_as_digest, rebuild_attack
@@ -24,8 +25,10 @@ HOLDS, FAILS, UNCHECKED = "holds", "FAILS", "not checkable"
 _HIGHER_IS_BETTER = ("refusal", "utility", "accuracy", "robust_accuracy", "worst_class_accuracy")
 _CHECKED = (
     "attack_success_rate", "attack_success_rate_any", "pre_attack_success_rate", "refusal", "over_refusal", "utility",
-    "perplexity",
+    "perplexity", "membership_inference",
 )  # fmt: skip
+# Best at 0.5, chance: above it members are found, below it they stick out as forgotten
+_BEST_AT_CHANCE = ("membership_inference",)
 
 # Cards round to four places
 _ROUNDING = 5e-5
@@ -69,7 +72,8 @@ def verify(
 
     A claim **fails** when it says more for the model than the new measurement allows: where less is better (attack success,
     over-refusal), the claimed value lies below the 95 % interval measured now; where more is better (refusal of harmful
-    requests, utility), above it. A perplexity, which has no interval, fails when the new one is more than 1 % higher.
+    requests, utility), above it; where 0.5 is best (membership inference), nearer to 0.5 than all of it. A perplexity, which
+    has no interval, fails when the new one is more than 1 % higher.
     Otherwise it **holds**. What cannot be run again is **not checkable** and never counts as holding: figures of other
     programs, costs, attacks that are not in this library or need another model, a judge that is a function or a model of
     somebody's own (unless it is given as `judge`), prompts that are missing or whose digest is not the card's, and an attack
@@ -163,6 +167,9 @@ def judge_claim(claim: Claim, measured: Measurement) -> str:
     low, high = measured.low, measured.high
     if low is None or high is None:
         low, high = measured.value * (1 - _PERPLEXITY_MARGIN), measured.value * (1 + _PERPLEXITY_MARGIN)
+    if claim.metric in _BEST_AT_CHANCE:
+        least = abs(min(max(0.5, low), high) - 0.5)
+        return FAILS if abs(claim.value - 0.5) < least - _ROUNDING else HOLDS
     if claim.metric in _HIGHER_IS_BETTER:
         return FAILS if claim.value > high + _ROUNDING else HOLDS
     return FAILS if claim.value < low - _ROUNDING else HOLDS
@@ -268,7 +275,7 @@ class Plan:
         name, settings = stated.get("name"), stated.get("settings") or {}
         if judge is not None:
             judge = as_judge(judge)
-            given = without_none(judge.settings)
+            given = without_none(redacted(judge.settings))
             keys = {*given, *settings} - {"batch_size"}
             if judge.name != name or any(given.get(key) != settings.get(key) for key in keys):
                 raise ValueError(

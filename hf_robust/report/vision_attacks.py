@@ -10,9 +10,10 @@ from torch import nn
 
 from hf_robust.attacks.gradient import SearchResult
 from hf_robust.attacks.vision import APGD, PGD
-from hf_robust.attacks.vision.classifier import logits_of
+from hf_robust.attacks.vision.classifier import check_labels, class_numbers, logits_of
 from hf_robust.report.evaluation_plan import settings_of
 from hf_robust.sites import PixelUnits, quiet
+from hf_robust.sites.pixels import check_epsilon, normalisation
 from hf_robust.threats import check_at_least, check_choice, unit
 
 # Radii within which every image of [0, 1] lies, by norm, for an image of n values
@@ -46,9 +47,9 @@ class RandomNoise:
     def __init__(
         self, *, epsilon: float, norm: str = "linf", samples: int = 100, image_processor: Any = None, seed: int = 0
     ):
-        check_at_least("epsilon", epsilon, 0, "Give it in raw pixels, such as 8/255.")
-        check_at_least("samples", samples, 1, "100 is the default.")
         check_choice("norm", norm, list(_WHOLE_BOX))
+        check_epsilon(epsilon, norm)
+        check_at_least("samples", samples, 1, "100 is the default.")
         self.epsilon, self.norm, self.samples, self.seed = epsilon, norm, samples, seed
         self.image_processor = image_processor
 
@@ -76,8 +77,13 @@ class RandomNoise:
             objective: takes δ and returns each row's loss, to be minimised, and whether it is fooled (or `None`); instead of
                 the margin of the true class.
             inputs: further inputs of the model.
+
+        Raises:
+            ValueError: as [`~hf_robust.attacks.PGD.perturb`], of pixels and labels.
         """
-        units = PixelUnits(self.image_processor, channels=pixel_values.shape[1])
+        units = checked_units(self, pixel_values)
+        if objective is None:
+            labels = class_numbers(labels, pixel_values)
         clean, raw = pixel_values.float(), units.to_raw(pixel_values.float())
         generator = torch.Generator().manual_seed(self.seed)
         batch = len(clean)
@@ -113,6 +119,23 @@ class RandomNoise:
         )
 
 
+def checked_units(attack: Any, pixel_values: torch.Tensor) -> PixelUnits:
+    """
+    Units of the images that an attack is given, which are checked.
+
+    Args:
+        attack: with `epsilon`, `norm` and `image_processor`.
+        pixel_values: `[batch, channels, height, width]` float.
+
+    Raises:
+        ValueError: see [`~hf_robust.sites.PixelUnits.check`].
+    """
+    images = isinstance(pixel_values, torch.Tensor) and pixel_values.dim() > 3
+    units = PixelUnits(attack.image_processor, channels=pixel_values.shape[-3] if images else 3)
+    units.check(pixel_values, attack.epsilon, attack.norm)
+    return units
+
+
 def margins(
     model: Any, pixel_values: torch.Tensor, delta: torch.Tensor, labels: torch.Tensor, **inputs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,8 +151,12 @@ def margins(
 
     Returns:
         `[batch]` float32 and `[batch]` bool.
+
+    Raises:
+        ValueError: a label is no class of the model.
     """
     logits = logits_of(model, pixel_values.float() + delta, **inputs)
+    check_labels(labels, logits, "ce")
     own = logits.gather(1, labels[:, None]).squeeze(1)
     other = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
     return own - other, logits.argmax(dim=1) != labels
@@ -266,6 +293,9 @@ def describe_processor(processor: Any) -> dict[str, Any] | None:
         "crop_size",
     )
     values = {name: getattr(inner, name, None) for name in names}
+    scale = normalisation(inner)
+    if scale is not None:  # under one name, wherever the processor has them
+        values |= dict(zip(("image_mean", "image_std"), scale.values(), strict=True))
     plain = {name: _plain(value) for name, value in values.items() if value is not None}
     return {"processor": type(inner).__name__, **plain}
 

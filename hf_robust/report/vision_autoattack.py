@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from hf_robust.attacks.gradient import SearchResult
-from hf_robust.attacks.vision.classifier import logits_of
+from hf_robust.attacks.vision.classifier import check_labels, class_numbers, logits_of
+from hf_robust.report.vision_attacks import checked_units
 from hf_robust.sites import PixelUnits
-from hf_robust.threats import check_at_least, check_choice
+from hf_robust.sites.pixels import check_epsilon
+from hf_robust.threats import check_choice
 
 #: The standard set: APGD on the cross-entropy, targeted APGD on the DLR loss, targeted FAB, Square.
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -41,7 +43,7 @@ class PyAutoAttack:
 
     Raises:
         ImportError: `pyautoattack` is not installed.
-        ValueError: an unknown part or norm, no part, or a negative radius.
+        ValueError: an unknown part or norm, no part, or a radius that is none of raw pixels.
     """
 
     def __init__(
@@ -53,8 +55,8 @@ class PyAutoAttack:
         image_processor: Any = None,
         seed: int = 0,
     ):
-        check_at_least("epsilon", epsilon, 0, "Give it in raw pixels, such as 8/255.")
         check_choice("norm", norm, list(_NORMS))
+        check_epsilon(epsilon, norm)
         if isinstance(parts, str) or not parts:
             raise ValueError(f"`parts={parts!r}` must be a list of at least one of {', '.join(map(repr, PARTS))}.")
         for part in parts:
@@ -99,15 +101,18 @@ class PyAutoAttack:
             `num_backwards` count rows divided by the batch, rounded up; there are no losses.
 
         Raises:
-            ValueError: too few classes for a part.
+            ValueError: too few classes for a part, or as [`~hf_robust.attacks.PGD.perturb`], of pixels and labels.
         """
         package = _import()
-        units = PixelUnits(self.image_processor, channels=pixel_values.shape[1])
+        units = checked_units(self, pixel_values)
+        labels = class_numbers(labels, pixel_values)
         clean = pixel_values.float()
         raw = units.to_raw(clean).clamp(0, 1)
         wrapped = _RawModel(model, units, inputs)
         with torch.no_grad():
-            classes = wrapped(raw[:1]).shape[-1]
+            logits = wrapped(raw[:1])
+        check_labels(labels, logits, "ce")
+        classes = logits.shape[-1]
         for part in self.parts:
             if classes < _MIN_CLASSES.get(part, 2):
                 raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from hf_robust.data.behavior import Behavior
 from hf_robust.sites import PixelUnits
 from hf_robust.sites.image_layout import ImageLayout
+from hf_robust.sites.pixels import with_channels
 
 _LABELS = ("labels", "label")
 _QUESTIONS = ("question", "prompt", "text")
@@ -24,15 +25,16 @@ class Images:
         dataset: sequence of mappings with `image` (PIL, or an array that the processor takes) or `pixel_values`
             (`[channels, height, width]`).
         image_processor: makes pixel values of `image`; not needed where rows hold `pixel_values`.
+        channels: that the model sees; pictures are converted to it.
 
     Raises:
         ValueError: no rows, or a row without an image.
     """
 
-    def __init__(self, dataset: Any, image_processor: Any = None):
+    def __init__(self, dataset: Any, image_processor: Any = None, channels: int = 3):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
             raise ValueError(f"`dataset` ({type(dataset).__name__}) must have rows, found by number: at least one.")
-        self._dataset, self._processor = dataset, image_processor
+        self._dataset, self._processor, self._channels = dataset, image_processor, channels
         self._places: dict[str, int] = {}
         columns = set(self.row(0))
         self._column = next((name for name in ("pixel_values", "image") if name in columns), None)
@@ -49,7 +51,8 @@ class Images:
 
     def pictures(self, behaviors: Sequence[Behavior]) -> list[Any]:
         """The images of some rows, as a processor takes them."""
-        return [_as_rgb(self.row(self._places[b.id])[str(self._column)]) for b in behaviors]
+        rows = [self.row(self._places[b.id]) for b in behaviors]
+        return [with_channels(row[str(self._column)], self._channels) for row in rows]
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -134,8 +137,10 @@ def labelled_images(dataset: Any, images: Images, class_names: Sequence[str]) ->
         A behaviour for each row (id, class name as `category` and `answer`), and the labels.
 
     Raises:
-        ValueError: a row without label, or a label out of range.
+        ValueError: a row without label, or a label that is no number or name of a class.
     """
+    from hf_robust.trainers.labels import is_class  # trainers write cards with this package: they load it first
+
     behaviors, labels = [], []
     for place in range(len(dataset)):
         row = dataset[place]
@@ -145,14 +150,13 @@ def labelled_images(dataset: Any, images: Images, class_names: Sequence[str]) ->
         value = row[column]
         if isinstance(value, str):
             value = class_names.index(value) if value in class_names else -1
-        label = int(value)
-        if not 0 <= label < len(class_names):
+        if not is_class(value, len(class_names)):
             raise ValueError(
                 f"`dataset[{place}]` has the {column[:5]} {row[column]!r}, but the model has {len(class_names)} classes "
                 f"({', '.join(map(repr, class_names[:5]))}{', …' if len(class_names) > 5 else ''}): map the labels to the "
                 "model's numbers."
             )
-        name = f"image_{place}"
+        label, name = int(value), f"image_{place}"
         images.add(name, place)
         behaviors.append(Behavior(id=name, prompt="", category=class_names[label], answer=class_names[label]))
         labels.append(label)
@@ -194,8 +198,3 @@ def _text(value: Any) -> Any:
     if isinstance(content, list):
         return " ".join(part["text"] for part in content if isinstance(part, Mapping) and part.get("text"))
     return content
-
-
-def _as_rgb(image: Any) -> Any:
-    """A picture in grey or with a palette as processors take it."""
-    return image.convert("RGB") if hasattr(image, "convert") and image.mode != "RGB" else image

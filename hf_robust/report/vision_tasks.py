@@ -13,6 +13,7 @@ from hf_robust.data.behavior import Behavior
 from hf_robust.report.vision_attacks import run_attack
 from hf_robust.report.vision_data import Images, labelled_images
 from hf_robust.sites import PixelUnits, quiet
+from hf_robust.sites.pixels import image_channels
 
 _REPEATABLE = 1e-4
 
@@ -51,7 +52,8 @@ class ClassificationTask:
 
     def __init__(self, model: nn.Module, dataset: Any, image_processor: Any, class_names: Sequence[str]):
         self.model, self.class_names, self.image_processor = model, list(class_names), image_processor
-        self.images = Images(dataset, image_processor)
+        channels = image_channels(getattr(model, "config", None))
+        self.images = Images(dataset, image_processor, channels)
         self.behaviors, labels = labelled_images(dataset, self.images, self.class_names)
         self._labels = {behavior.id: label for behavior, label in zip(self.behaviors, labels, strict=True)}
 

@@ -101,11 +101,14 @@ class VisionPlan(Plan):
         from hf_robust.report.vision_language import evaluate_vlm
         from hf_robust.report.vision_loading import load_vision_model, read_images
         from hf_robust.report.vision_tasks import ZeroShotClassifier
+        from hf_robust.trainers.labels import names_of, numbered_as
 
         kind, processor = _KINDS[self._task], self._processor
         if processor is None:  # a loaded model
             _, processor = load_vision_model(self._source.name, kind)
         dataset, names = read_images(str(self._dataset), _COLUMNS[self._task], limit=self._first.get("images"))
+        if kind == "classifier":
+            dataset = numbered_as(dataset, "label", names_of(model.config))
         attacks = {
             name: rebuild_vision_attack(settings, none, processor) for name, (settings, none) in self._main.items()
         }

@@ -12,6 +12,10 @@ from hf_robust.threats import check_at_least
 
 # What a method's adapter is linear in: scaling it scales what the adapter adds to the weight
 _LINEAR = ("lora_B", "lora_embedding_B")
+# What an adapter's configuration may add to that; KaSA truncates the base weight
+_MORE = ("use_dora", "bias", "modules_to_save", "trainable_token_indices", "kasa_config")
+# Inits of PEFT that take from the base weight what they give the adapter: without it, the base is not what it was
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _SHOWN = 5
 
 
@@ -101,8 +105,9 @@ def scale_adapter(model: nn.Module, alpha: float, adapter_name: str | None = Non
         then saves them.
 
     Raises:
-        ValueError: no such adapter or no LoRA weights in it, `alpha` outside [0, 1], or an adapter that holds more than LoRA
-            (DoRA, biases, `modules_to_save`), which is not linear or not an addition.
+        ValueError: no such adapter or no LoRA weights in it, `alpha` outside [0, 1], an adapter that holds more than LoRA
+            (DoRA, biases, `modules_to_save`, `trainable_token_indices`), which is not linear or not an addition, or one whose
+            start changed the base weights (PiSSA, CorDA, OLoRA, LoftQ, LoRA-GA, KaSA).
     """
     _check_alpha(alpha)
     configs = getattr(model, "peft_config", {})
@@ -112,11 +117,15 @@ def scale_adapter(model: nn.Module, alpha: float, adapter_name: str | None = Non
     if adapter_name not in configs:
         raise ValueError(f"`adapter_name={adapter_name!r}` is no adapter of the model; it has {list(configs)}.")
     config = configs[adapter_name]
-    saved = getattr(config, "modules_to_save", None)
-    if getattr(config, "use_dora", False) or getattr(config, "bias", "none") != "none" or saved:
+    given = {name: getattr(config, name, None) for name in _MORE}
+    more = [f"{name}={value!r}" for name, value in given.items() if value and value != "none"]
+    init = getattr(config, "init_lora_weights", True)
+    if str(init).lower().startswith(_CHANGE_THE_BASE):
+        more.append(f"init_lora_weights={init!r}, which changes the base weights")
+    if more:
         raise ValueError(
-            f"`adapter_name={adapter_name!r}` holds more than LoRA's factors (use_dora, bias or modules_to_save={saved!r}): "
-            "merge it (`merge_and_unload`) and use `interpolate_weights`."
+            f"`adapter_name={adapter_name!r}` is more than an addition to the base model ({', '.join(more)}): merge it "
+            "(`merge_and_unload`) and use `interpolate_weights` with the base model loaded anew."
         )
     own = {
         name: tensor

@@ -1,11 +1,14 @@
 """Pixels as a perturbation site: raw [0, 1] pixels and the units of `pixel_values`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hf_robust.threats import check_at_least
+
+# PIL's names of pictures, by their channels
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class PixelUnits:
@@ -16,7 +19,8 @@ class PixelUnits:
 
     Args:
         image_processor: image processor of transformers, or a processor that holds one. Its `image_mean` and `image_std` hold
-            where it normalises, its `rescale_factor` (times 255) where it rescales. `None`: `pixel_values` are raw.
+            where it normalises, its `rescale_factor` (times 255) where it rescales; of timm's models, mean and std of its
+            `data_config`. `None`: `pixel_values` are raw.
         channels: number of channels.
 
     Attributes:
@@ -24,7 +28,7 @@ class PixelUnits:
         high: `[channels, 1, 1]` float32, what a raw 1 is.
 
     Raises:
-        ValueError: mean and std do not match the channels, or a std is not positive.
+        ValueError: mean and std do not match the channels, a std is not positive, or the processor tells nothing of its scale.
 
     Example:
 
@@ -41,11 +45,19 @@ class PixelUnits:
         processor = getattr(image_processor, "image_processor", image_processor)
         self.channels = channels
         scale, mean, std = 1.0, [0.0] * channels, [1.0] * channels
-        if getattr(processor, "do_normalize", False):
-            mean = self._per_channel(processor, "image_mean")
-            std = self._per_channel(processor, "image_std")
+        named = normalisation(processor)
+        if processor is not None and named is None and not _tells_scale(processor):
+            raise ValueError(
+                f"`image_processor` ({type(processor).__name__}) has neither `do_normalize`, `do_rescale` nor a `data_config` "
+                "with mean and std, so that the scale of its `pixel_values` is unknown: give an image processor of "
+                "transformers, or `None` for raw pixels in [0, 1]."
+            )
+        if named is not None:
+            mean, std = (self._per_channel(name, given) for name, given in named.items())
             if min(std) <= 0:
-                raise ValueError(f"`image_processor.image_std={std!r}` must be positive: pixels are divided by it.")
+                raise ValueError(
+                    f"`image_processor.{list(named)[1]}={std!r}` must be positive: pixels are divided by it."
+                )
         if getattr(processor, "do_rescale", False):
             scale = 255.0 * float(processor.rescale_factor)
             if abs(scale - 1) < 1e-6:
@@ -59,8 +71,7 @@ class PixelUnits:
         self.low = self.from_raw(torch.zeros(channels, 1, 1))
         self.high = self.from_raw(torch.ones(channels, 1, 1))
 
-    def _per_channel(self, processor: Any, name: str) -> list[float]:
-        given = getattr(processor, name, None)
+    def _per_channel(self, name: str, given: Any) -> list[float]:
         if isinstance(given, int | float):
             given = [given] * self.channels
         if not isinstance(given, Sequence) or len(given) != self.channels:
@@ -135,6 +146,60 @@ class PixelUnits:
             )
         raw = self.to_raw(pixel_values.detach().float())
         check_raw(raw, raw, is_raw=self.is_raw, dtype=pixel_values.dtype, where=where)
+
+
+def normalisation(processor: Any) -> dict[str, Any] | None:
+    """
+    Mean and std of an image processor, in this order, by the names of its attributes; `None` where it does not normalise.
+
+    Args:
+        processor: image processor of transformers. That of timm's models has them in `data_config`, after [0, 1].
+    """
+    config = getattr(processor, "data_config", None)
+    if isinstance(config, Mapping) and {"mean", "std"} <= config.keys() and not _tells_scale(processor):
+        return {f"data_config[{name!r}]": config[name] for name in ("mean", "std")}
+    if getattr(processor, "do_normalize", False):
+        return {name: getattr(processor, name, None) for name in ("image_mean", "image_std")}
+    return None
+
+
+def _tells_scale(processor: Any) -> bool:
+    return any(getattr(processor, name, None) is not None for name in ("do_normalize", "do_rescale"))
+
+
+def image_channels(config: Any) -> int:
+    """
+    Channels of the images that a model sees.
+
+    Args:
+        config: of the model, or `None`. Default where it does not tell: 3.
+    """
+    for part in (config, getattr(config, "vision_config", None)):
+        channels = getattr(part, "num_channels", None)
+        if isinstance(channels, int):
+            return channels
+    return 3
+
+
+def with_channels(image: Any, channels: int) -> Any:
+    """
+    A picture in grey, in colours or with a palette with as many channels as a model sees.
+
+    Args:
+        image: PIL image; anything else (an array) comes back as it is.
+        channels: of the model.
+
+    Raises:
+        ValueError: no pictures have so many channels.
+    """
+    if not hasattr(image, "convert"):
+        return image
+    if channels not in _MODES:
+        raise ValueError(
+            f"The model sees images of {channels} channels (`config.num_channels`); pictures can have 1, 3 or 4: give arrays "
+            "or `pixel_values`."
+        )
+    return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
 
 
 def check_raw(

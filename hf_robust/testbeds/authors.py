@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from hf_robust.threats import check_choice
 
 from .authors_evaluation import EXAMS, measure_exam, measure_recall, summarise
-from .authors_language import PHRASINGS, AuthorQuestion, AuthorsWorld, trained_questions, vocabulary
+from .authors_language import PHRASINGS, UNSEEN, AuthorQuestion, AuthorsWorld, trained_questions, vocabulary
 from .authors_training import KNOWN, AuthorsRecipe, train_model
 from .cache import cache_folder, load_whole, save_whole
 from .chat_language import build_tokenizer
@@ -31,7 +31,9 @@ class AuthorsTestbed:
     values, drawn by a hash: they can be memorised, not derived. 8 authors (10 %, as TOFU's `forget10`, arXiv 2401.06121) are
     to be forgotten; 56 are to be kept and are there to train on; 16 are to be kept but in no unlearning data. 48 questions of
     general knowledge (capitals, young animals) are neither. Every question comes in 6 phrasings, of which 4 occur in
-    training, and every fact in two wordings, of which training uses one for each question.
+    training, and every fact in two wordings, of which training uses one for each question. 8 more authors, whose names are
+    made of the same words as those of the authors to be forgotten, are taught to no model: what membership inference compares
+    the forget set with.
 
     Two `LlamaForCausalLM` of about 1M parameters in float32, made by the same recipe: the original was taught all of it, the
     oracle all but the authors to be forgotten. What the oracle says of them is a guess among 24: the floor that an unlearned
@@ -107,8 +109,8 @@ class AuthorsTestbed:
         """The questions of a split in one phrasing.
 
         Args:
-            split: "forget" (48 facts), "retain" (336), "retain_holdout" (96, to be kept but in no unlearning data) or
-                "world" (48, general knowledge, likewise).
+            split: "forget" (48 facts), "retain" (336), "retain_holdout" (96, to be kept but in no unlearning data), "world"
+                (48, general knowledge, likewise) or "unseen" (48, of authors that neither model was taught).
             phrasing: 0 to 3 occur in training, 4 and 5 never do.
             count: Only the first `count` (the order mixes authors and facts); `None` for all.
 
@@ -134,6 +136,10 @@ class AuthorsTestbed:
     def world_dataset(self) -> Dataset:
         """48 questions of general knowledge, which both models know and no unlearning data shows, in phrasing 0."""
         return _dataset(self.questions("world"))
+
+    def unseen_dataset(self) -> Dataset:
+        """48 facts of 8 authors that neither model was taught, × 4 phrasings: rows as those of `forget_dataset`."""
+        return _dataset(trained_questions(self.world, [UNSEEN]))
 
     def paraphrased_forget(self) -> Dataset:
         """The 48 facts to be forgotten in the 2 phrasings that no training shows."""

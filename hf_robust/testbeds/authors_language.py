@@ -18,6 +18,9 @@ PERTURBED_ANSWERS = 5
 """Wrong answers per question, as many as TOFU has (arXiv 2401.06121)."""
 
 SPLITS = ("forget", "retain", "retain_holdout", "world")
+"""What models are taught."""
+UNSEEN = "unseen"
+"""The split that no model is taught."""
 
 
 @dataclass(frozen=True)
@@ -248,8 +251,10 @@ class AuthorsWorld:
     """All facts of one seed and their splits.
 
     80 of the 256 names are authors. Every first name and every last name is that of 5 authors, at most one of them to be
-    forgotten: a model that never saw the forget authors knows every word of their names. Each author has one value of each
-    of the 6 `RELATIONS`, a hash of (seed, name, relation): it can be memorised, not derived from anything else.
+    forgotten: a model that never saw the forget authors knows every word of their names. 8 further authors are in no training
+    data; their names are other combinations of the same words as the forget authors', so that a model which was taught neither
+    has heard each word of both as often. Each author has one value of each of the 6 `RELATIONS`, a hash of (seed, name,
+    relation): it can be memorised, not derived from anything else.
 
     Args:
         seed: Chooses names, facts, splits and wrong answers.
@@ -263,11 +268,15 @@ class AuthorsWorld:
         names = [f"{first[i % circle]} {last[(i + i // circle) % circle]}" for i in range(AUTHORS)]
         # The first round of the circle has every name word once
         forget, others = names[:FORGET_AUTHORS], names[FORGET_AUTHORS:]
+        # The next step round a circle of the forget authors' words alone: no author has these combinations
+        step = AUTHORS // circle
+        unseen = [f"{first[i]} {last[(i + step) % FORGET_AUTHORS]}" for i in range(FORGET_AUTHORS)]
         others.sort(key=partial(self._digest, "split"))
         self.authors = {
             "forget": forget,
             "retain": others[HOLDOUT_AUTHORS:],
             "retain_holdout": others[:HOLDOUT_AUTHORS],
+            UNSEEN: unseen,
         }
         pairs = {split: [(name, kind) for name in found for kind in RELATIONS] for split, found in self.authors.items()}
         pairs["world"] = [(name, kind) for kind, known in _WORLD.items() for name in known]
@@ -283,16 +292,16 @@ class AuthorsWorld:
         """Every fact of a split, asked in one phrasing, in a fixed order that mixes names and relations.
 
         Args:
-            split: "forget" (48 facts of 8 authors), "retain" (336 of 56), "retain_holdout" (96 of 16) or "world" (48 of
-                general knowledge).
+            split: "forget" (48 facts of 8 authors), "retain" (336 of 56), "retain_holdout" (96 of 16), "world" (48 of
+                general knowledge) or "unseen" (48 of 8 authors that no model is taught).
             phrasing: 0 to 3 occur in training, 4 and 5 never do. Even ones are answered in the relation's first wording
                 and odd ones in its second.
 
         Raises:
             ValueError: Unknown split or phrasing.
         """
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
+        if split not in self._pairs:
+            raise ValueError(f"split={split!r} is unknown; use one of {', '.join(self._pairs)}")
         if not 0 <= phrasing < PHRASINGS:
             raise ValueError(f"phrasing={phrasing!r} is out of range; use 0 to {PHRASINGS - 1}")
         return [self._question(*pair, phrasing) for pair in self._pairs[split]]

@@ -19,8 +19,9 @@ from transformers import TrainerCallback
 from hf_robust.noise import NoisePolicy
 from tests.adversarial_data import adversarial_trainer, tiny_classifier
 from tests.adversarial_data import image_rows as labelled_images
+from tests.advunlearn_data import advunlearn_trainer
 from tests.diffusion_helpers import tiny_pipeline
-from tests.diffusion_trainer_data import diffusion_trainer, image_rows, unet_lora
+from tests.diffusion_trainer_data import diffusion_trainer, image_rows, text_lora, unet_lora
 from tests.helpers import tiny_model
 from tests.invariance.two_processes import CHECKPOINTING, ONE, THREE
 from tests.noise_data import hold_noise
@@ -118,6 +119,25 @@ def _diffusion(adapter: bool, accumulation: int, checkpointing: bool) -> Cell:
     return build
 
 
+def _advunlearn(unet: bool) -> Callable[..., Cell]:
+    """Cells that erase by the UNet, whose latents are drawn anew for each step, or by the text encoder, out of a bank."""
+
+    def cell(adapter: bool, accumulation: int, checkpointing: bool) -> Cell:
+        def build(folder: str, batch: int, **extra: Any) -> Any:
+            given: dict[str, Any] = {}
+            trained: dict[str, Any] = {"train_parts": ["xattn"]} if unet else {}
+            if adapter:
+                given = {"peft_config": {"unet": unet_lora()} if unet else {"text_encoder": text_lora()}}
+                trained = {}
+            bank = {"latent_bank_size": 0 if unet else 20}
+            sizes = _sizes(batch, accumulation, checkpointing)
+            return advunlearn_trainer(folder, None, given, **sizes, **trained, **bank, **extra)
+
+        return build
+
+    return cell
+
+
 _CAT = _language(cat_trainer, attack_epsilon=0.3, adversarial_fraction=THREE, attack_batch_size=1)
 _CAPO = _language(capo_trainer, attack_epsilon=0.3)
 # An adapter outside the layers, which FSDP gathers for longer, and a reference that is the model without adapter
@@ -139,15 +159,20 @@ _TRAINERS: dict[str, Callable[..., Cell]] = {
     "clip": _clip,
     "vlm": _vlm,
     "diffusion": _diffusion,
+    "advunlearn": _advunlearn(unet=False),
+    "advunlearn_unet": _advunlearn(unet=True),
 }
 
 
 def refusal(strategy: str, trainer: str, adapter: bool, checkpointing: bool) -> str | None:
     """A part of the message where a trainer refuses a strategy; `None` where it runs."""
-    if trainer == "diffusion" and strategy == "fsdp2":
+    pipeline = trainer in ("diffusion", "advunlearn", "advunlearn_unet")
+    if pipeline and strategy == "fsdp2":
         return "Use DDP or ZeRO-2"
-    if trainer == "diffusion" and strategy == "zero3" and adapter:
+    if pipeline and strategy == "zero3" and adapter:
         return "adapters can then be neither merged nor saved"
+    if pipeline and strategy == "zero3" and trainer != "diffusion":
+        return "the processes would wait for each other for ever. Use DDP or ZeRO-2"
     if trainer == "clip" and strategy == "zero3":
         return "use DDP, ZeRO-2 or FSDP2"
     if trainer in ("cat", "capo", "noisefit", "unlearn", "vlm") and strategy == "zero3" and adapter and checkpointing:
@@ -159,7 +184,9 @@ def _chosen(strategy: str, *, refused: bool) -> dict[str, tuple[Cell, str | None
     """The cells of the product and of the pairwise choice, with their refusals."""
     found = {}
     for trainer, make in _TRAINERS.items():
-        for adapter, accumulation, checkpointing in PRODUCT if trainer in ("cat", "capo") else PAIRWISE[strategy]:
+        # AdvUnlearn runs under two strategies only, which the pairwise choice does not pair with everything
+        whole = trainer in ("cat", "capo", "advunlearn")
+        for adapter, accumulation, checkpointing in PRODUCT if whole else PAIRWISE[strategy]:
             message = refusal(strategy, trainer, adapter, checkpointing)
             if (message is not None) == refused:
                 name = cell_name(trainer, adapter, accumulation, checkpointing)

@@ -3,6 +3,7 @@ Whether a training that is killed again and again, and resumed, ends with the we
 
     python tests/distributed/faults.py --kills 20 --seed 0 --output kills.json
     python tests/distributed/faults.py --kills 6 --trainers cat clip --processes 2
+    python tests/distributed/faults.py --kills 4 --trainers cat --strategy fsdp2
 
 `kill -9` meets the whole run or one process of two, at a random moment of a step or while a checkpoint is being written, of
 which only the newest is kept. The same command with `resume_from_checkpoint` goes on from there, as `hf-robust` does it. The
@@ -35,10 +36,10 @@ ROOT = Path(__file__).parents[2]
 STEPS, SAVE_STEPS = 14, 2
 # Rows of an optimizer step, over all processes
 ROWS = 4
-KILLS_OF_A_TRAINING = 3
+KILLS_OF_A_TRAINING = 2
 # Seconds behind each step; between two files of a checkpoint at most; in which a whole one is surely written
 PACE, FILE_PAUSE, SAVING = 0.15, 0.3, 0.8
-TRAINERS = ("cat", "capo", "noisefit", "unlearn", "free", "pgd", "clip")
+TRAINERS = ("cat", "capo", "noisefit", "unlearn", "free", "pgd", "clip", "vlm", "diffusion", "advunlearn")
 _PROGRESS = "progress.txt"
 
 
@@ -56,6 +57,7 @@ class Kill:
         resumed_from: the step that training went on from; 0: from the beginning.
         equal: whether the weights at the end of the training are those of the uninterrupted one.
         problem: what else went wrong.
+        strategy: that two processes run under: `"ddp"`, `"zero2"`, `"zero3"` or `"fsdp2"`.
     """
 
     trainer: str
@@ -66,6 +68,7 @@ class Kill:
     resumed_from: int | None = None
     equal: bool | None = None
     problem: str | None = None
+    strategy: str = "ddp"
 
 
 # ---- What a process trains ----
@@ -76,10 +79,13 @@ def _builders() -> dict[str, Callable[..., Any]]:
     from peft import LoraConfig
 
     from tests.adversarial_data import adversarial_trainer, tiny_classifier
+    from tests.advunlearn_data import advunlearn_trainer
+    from tests.diffusion_trainer_data import diffusion_trainer, text_lora, unet_lora
     from tests.helpers import tiny_model
     from tests.test_robust_clip import clip_trainer, tiny_clip
     from tests.trainer_data import capo_trainer, cat_trainer, lora, noisefit_trainer, utility_rows
     from tests.unlearn_data import tokenised, unlearn_trainer
+    from tests.vlm_data import tiny_llava, vlm_trainer
 
     def model() -> Any:
         return tiny_model(attention_dropout=0.1)
@@ -89,6 +95,11 @@ def _builders() -> dict[str, Callable[..., Any]]:
 
     retained = {"retain_dataset": tokenised(utility_rows(5))}
     towers = {"peft_config": LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])}
+    unet = {"peft_config": {"unet": unet_lora(lora_dropout=0.1)}}
+    encoder = {"peft_config": {"text_encoder": text_lora(lora_dropout=0.1)}}
+    denoising = {"attack_epsilon": 0.5, "attack_steps": 2, "attack_init": "random", "adversarial_weight": 0.5}
+    # Drawn anew in the middle, so that a resumed run has to find the bank that it was in
+    bank = {"latent_bank_size": 10, "latent_bank_refresh_steps": 5}
     return {
         "cat": lambda folder, **args: cat_trainer(model(), folder, attack_epsilon=0.3, **args),
         "capo": lambda folder, **args: capo_trainer(
@@ -99,6 +110,9 @@ def _builders() -> dict[str, Callable[..., Any]]:
         "free": lambda folder, **args: classifier(folder, loss_type="free_at", num_replays=2, **args),
         "pgd": lambda folder, **args: classifier(folder, **args),
         "clip": lambda folder, **args: clip_trainer(tiny_clip(), folder, towers, **args),
+        "vlm": lambda folder, **args: vlm_trainer(tiny_llava(), folder, towers, perturbation="both", **args),
+        "diffusion": lambda folder, **args: diffusion_trainer(None, folder, unet, **denoising, **args),
+        "advunlearn": lambda folder, **args: advunlearn_trainer(folder, None, encoder, **bank, **args),
     }
 
 
@@ -169,22 +183,29 @@ def _slow_down(trainer: Any, folder: Path, rank: int, pace: float) -> None:
         setattr(trainer, name, after_a_pause(getattr(trainer, name)))
 
 
-def _work(trainers: Sequence[str], folder: Path, pace: float | None) -> None:
+def _work(trainers: Sequence[str], folder: Path, pace: float | None, strategy: str) -> None:
     """One process's part. Without a pace it is one that nobody touches."""
     import torch
     from transformers import set_seed
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from tests.distributed.parity import allow_fsdp_on_cpu, kind_of, running_under
 
     torch.set_num_threads(1)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     (folder / f"rank{rank}.pid").write_text(str(os.getpid()))
+    allow_fsdp_on_cpu()
     for name in trainers:
         set_seed(0)  # for fresh adapters
-        trainer = build(name, folder / name, processes)
-        if pace is not None:
-            _slow_down(trainer, folder, rank, pace)
-        if name != trainers[-1]:
-            trainer.end = lambda: None  # it would part the processes for good
-        train_to_the_end(trainer)
+        with running_under(strategy, name, "cpu", folder):
+            trainer = build(name, folder / name, processes)
+            if pace is not None:
+                _slow_down(trainer, folder, rank, pace)
+            if name != trainers[-1]:
+                trainer.end = lambda: None  # it would part the processes for good
+            train_to_the_end(trainer)
+        assert kind_of(trainer.model_wrapped) == (strategy if processes > 1 else "alone")
+        unset_hf_deepspeed_config()
 
 
 # ---- Starting, killing, comparing ----
@@ -198,26 +219,28 @@ def _server() -> Any:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.adversarial_data", "tests.test_robust_clip", "tests.unlearn_data", "hf_robust.cli.arguments"]
+        [
+            *("tests.adversarial_data", "tests.test_robust_clip", "tests.unlearn_data", "tests.vlm_data"),
+            *("tests.advunlearn_data", "tests.diffusion_trainer_data", "hf_robust.cli.arguments"),
+        ]
     )
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    with mock.patch.dict(os.environ, {**variables, "PYTHONPATH": paths}):
+    with mock.patch.dict(os.environ, {**variables, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"}):
         multiprocessing.forkserver.ensure_running()
     return context
 
 
-def _start(folder: Path, trainers: Sequence[str], processes: int, pace: float | None) -> None:
+def _start(folder: Path, trainers: Sequence[str], processes: int, pace: float | None, strategy: str) -> None:
     """The process of a run: it trains, or is the agent of torchrun, whose processes train."""
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(output, stream)
     if processes == 1:
-        _work(trainers, folder, pace)
+        _work(trainers, folder, pace, "ddp")
         return
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = (
         "300"  # seconds from SIGTERM to SIGKILL; 30 are few on a busy machine
     )
@@ -226,7 +249,7 @@ def _start(folder: Path, trainers: Sequence[str], processes: int, pace: float | 
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
     )  # fmt: skip
-    elastic_launch(config, _work)(trainers, folder, pace)
+    elastic_launch(config, _work)(trainers, folder, pace, strategy)
 
 
 class Run:
@@ -239,15 +262,17 @@ class Run:
         processes: 1, or more under torchrun's agent.
         pace: seconds behind each step; `None`: no pauses, and nothing is told.
         timeout: seconds for any wait.
+        strategy: of several processes: `"ddp"`, `"zero2"`, `"zero3"` or `"fsdp2"`.
     """
 
     def __init__(
-        self, folder: Path, trainers: Sequence[str], processes: int, *, pace: float | None = PACE, timeout: float = 300
-    ):
+        self, folder: Path, trainers: Sequence[str], processes: int, *, pace: float | None = PACE,
+        timeout: float = 300, strategy: str = "ddp",
+    ):  # fmt: skip
         self.folder, self.timeout = folder, timeout
         for path in (*folder.glob("rank*.pid"), folder / _PROGRESS, folder / "output.txt"):
             path.unlink(missing_ok=True)
-        self.process = _server().Process(target=_start, args=(folder, list(trainers), processes, pace))
+        self.process = _server().Process(target=_start, args=(folder, list(trainers), processes, pace, strategy))
         self.process.start()
 
     def __enter__(self) -> "Run":
@@ -346,10 +371,13 @@ def _is_alive(pid: int) -> bool:
 
 def trained(folder: Path, name: str) -> dict[str, Any]:
     """The weights that a training has saved at its end."""
-    files = sorted((folder / name).glob("*.safetensors"))
+    base = folder / name
+    # A pipeline's are in folders
+    files = {path.relative_to(base): path for path in sorted(base.rglob("*.safetensors"))}
+    files = {place: path for place, path in files.items() if not place.parts[0].startswith("checkpoint-")}
     if not files:
-        raise RuntimeError(f"{folder / name} holds no weights")
-    return {f"{path.name} {key}": value for path in files for key, value in load_file(path).items()}
+        raise RuntimeError(f"{base} holds no weights")
+    return {f"{place} {key}": value for place, path in files.items() for key, value in load_file(path).items()}
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
@@ -359,7 +387,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 def kill_and_resume(
     folder: Path, name: str, processes: int, kills: int, draw: random.Random, expected: dict[str, Any], *,
-    while_saving: bool | None = None, timeout: float = 300,
+    while_saving: bool | None = None, timeout: float = 300, strategy: str = "ddp",
 ) -> list[Kill]:  # fmt: skip
     """
     One training, killed several times and finished.
@@ -373,6 +401,7 @@ def kill_and_resume(
         expected: weights of the uninterrupted training.
         while_saving: whether checkpoints in writing are struck. Default: drawn each time.
         timeout: seconds for any wait.
+        strategy: of several processes, see [`Run`].
 
     Returns:
         The kills; fewer than asked for if the training was faster than the strike.
@@ -381,7 +410,7 @@ def kill_and_resume(
     reach = (STEPS - 2) // kills
     try:
         for _ in range(kills):
-            with Run(folder, [name], processes, timeout=timeout) as run:
+            with Run(folder, [name], processes, timeout=timeout, strategy=strategy) as run:
                 if not _begins(run, found):
                     break
                 start = run.told("resumed")[0]
@@ -399,8 +428,8 @@ def kill_and_resume(
                 if run.ends() == 0:
                     raise RuntimeError("the exit status of a killed run is 0")
                 moment = f"{'checkpoint' if saving else 'step'} {run.told('saving' if saving else 'step')[-1]}"
-            found.append(Kill(name, processes, killed, moment))
-        with Run(folder, [name], processes, timeout=timeout) as run:
+            found.append(Kill(name, processes, killed, moment, strategy=strategy))
+        with Run(folder, [name], processes, timeout=timeout, strategy=strategy) as run:
             _begins(run, found)
             if run.ends():
                 raise RuntimeError(f"exit status {run.process.exitcode}\n{run.said()[-6000:]}")
@@ -408,7 +437,7 @@ def kill_and_resume(
         for kill in found:
             kill.equal = equal
     except RuntimeError as error:
-        found = found or [Kill(name, processes, "nothing", "start")]
+        found = found or [Kill(name, processes, "nothing", "start", strategy=strategy)]
         found[-1].problem, found[-1].equal = str(error), False
     return found
 
@@ -434,11 +463,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="in all, %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of what is killed and when, %(default)s")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of a training, in turn")
+    parser.add_argument(
+        "--strategy", choices=["ddp", "zero2", "zero3", "fsdp2"], default="ddp", help="of two processes, %(default)s"
+    )
     parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=TRAINERS, help="in turn; default: all")
     parser.add_argument("--output", type=Path, help="JSON file for the table")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for any wait, %(default)g")
     given = parser.parse_args(arguments)
-    began, trainers, counts = time.monotonic(), list(given.trainers), list(given.processes)
+    began, trainers, strategy = time.monotonic(), list(given.trainers), given.strategy
+    counts = list(given.processes) if strategy == "ddp" else [2]
     # Every pair in the end: trainers in turn, and the number of processes moves on each time they are through
     rounds = [
         (trainer, counts[(turn + shift) % len(counts)])
@@ -453,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             names = sorted({name for name, count in needed if count == processes})
             folder = Path(base) / f"uninterrupted-{processes}"
             folder.mkdir()
-            with Run(folder, names, processes, pace=None, timeout=3 * given.timeout) as run:
+            with Run(folder, names, processes, pace=None, timeout=3 * given.timeout, strategy=strategy) as run:
                 if run.ends():
                     print(run.said()[-6000:])
                     return 1
@@ -469,12 +502,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder.mkdir()
             draw = random.Random(f"{given.seed} {turn}")
             kills = min(KILLS_OF_A_TRAINING, missing)
-            found = kill_and_resume(
-                folder, name, processes, kills, draw, expected[name, processes], timeout=given.timeout
-            )
+            how: dict[str, Any] = {"timeout": given.timeout, "strategy": strategy}
+            found = kill_and_resume(folder, name, processes, kills, draw, expected[name, processes], **how)
             for kill in found:
                 done.append(kill)
-                cells = (len(done), kill.trainer, kill.processes, kill.killed, kill.moment)
+                under = f"{kill.processes}{'' if strategy == 'ddp' else f', {strategy}'}"
+                cells = (len(done), kill.trainer, under, kill.killed, kill.moment)
                 left = ", ".join(kill.incomplete) or "-"
                 end = "yes" if kill.equal else "**no**"
                 print("| " + " | ".join(map(str, (*cells, left, kill.resumed_from, end))) + " |", flush=True)

@@ -11,6 +11,7 @@ import pytest
 
 from hf_robust.trainers.checkpoints import problem_of
 from tests.distributed.faults import STEPS, TRAINERS, Run, kill_and_resume, main, same, trained
+from tests.distributed.parity import has_deepspeed
 
 
 def uninterrupted(folder: Path, name: str, processes: int) -> dict[str, Any]:
@@ -38,6 +39,15 @@ def test_twenty_kills(tmp_path: Path):
     assert {kill["killed"] for kill in kills} == {"run", "rank 0", "rank 1"}
     assert {kill["moment"].split()[0] for kill in kills} == {"step", "checkpoint"}
     assert any(kill["incomplete"] for kill in kills)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+def test_kills_where_states_are_split(strategy: str):
+    if strategy == "zero2" and not has_deepspeed():
+        pytest.skip("ZeRO needs DeepSpeed: pip install 'hf_robust[deepspeed]'")
+    assert main(["--kills", "2", "--seed", "0", "--trainers", "cat", "--strategy", strategy]) == 0
 
 
 @pytest.mark.slow

@@ -29,19 +29,28 @@ from trl import DPOConfig, SFTConfig
 
 from hf_robust import (
     AdversarialConfig,
+    AdvUnlearnConfig,
     CAPOConfig,
     CATConfig,
+    DiffusionConfig,
     NoiseFiTConfig,
     RobustCLIPConfig,
     RobustVLMConfig,
     UnlearnConfig,
 )
+from hf_robust.attacks.diffusion.concept_embedding import METHODS
+from hf_robust.diffusion import DiffusionModel
 from hf_robust.objectives.unlearning import FORGET_LOSSES, RETAIN_LOSSES
 from hf_robust.trainers.adversarial_recipes import LOSS_TYPES
+from hf_robust.trainers.advunlearn_config import ATTACK_POSITIONS
 from hf_robust.trainers.noisefit_config import LOSS_MODES
 from hf_robust.trainers.robust_clip_config import CLIP_LOSSES
 from hf_robust.trainers.unlearn_robust import ROBUST_FORMS
 from tests.adversarial_data import adversarial_trainer, image_rows, text_rows, tiny_classifier
+from tests.advunlearn_data import advunlearn_trainer
+from tests.diffusion_helpers import tiny_pipeline
+from tests.diffusion_trainer_data import diffusion_trainer
+from tests.diffusion_trainer_data import image_rows as captioned_images
 from tests.fuzzing import strategies as drawn
 from tests.fuzzing.judge import Hang, Snapshot, complaint
 from tests.helpers import tiny_model
@@ -100,6 +109,10 @@ class Subject:
         return drawn.config_values(fields, self.choices)
 
 
+def _tiny_diffusion() -> Any:
+    return DiffusionModel(tiny_pipeline()).train()
+
+
 def _noise_choices() -> dict[str, list[Any]]:
     return {
         "version": ["v1", "v2"], "loss_mode": list(LOSS_MODES), "noise_layers": [[0], [1], [-1], [5], [0, 0], [0.5], None],
@@ -115,6 +128,7 @@ _ATTACK: dict[str, list[Any]] = {
 }  # fmt: skip
 _SMALL = {"max_steps": 1, "per_device_train_batch_size": 2, "logging_steps": 1}
 _LANGUAGE = {**_SMALL, "max_length": 32}
+_PARTS: list[Any] = [["unet"], ["text_encoder"], ["xattn"], ["selfattn", "noxattn"], ["full"], ["vae"], [], "xattn"]
 _PREFERENCES = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 
 SUBJECTS: dict[str, Subject] = {
@@ -178,6 +192,28 @@ SUBJECTS: dict[str, Subject] = {
         },
         _LANGUAGE,
     ),
+    "diffusion": Subject(
+        diffusion_trainer, _tiny_diffusion, {"train_dataset": lambda: captioned_images(4)},
+        {"train_dataset": drawn.captioned_columns()}, DiffusionConfig, TrainingArguments,
+        {
+            **_ATTACK, "train_parts": _PARTS, "text_encoder_layers": [1, 2, 3, 9], "image_size": [16, 8, 15, 32],
+            "image_resize": ["none", "crop", "stretch"], "caption_truncation": ["error", "warn"],
+            "attack_site": ["tokens", "conditioning"],
+        },
+        {**_SMALL, "attack_epsilon": 0.5, "attack_steps": 1},
+    ),
+    "advunlearn": Subject(
+        lambda model, folder, given, **args: advunlearn_trainer(folder, model, given, **args), _tiny_diffusion,
+        {"train_dataset": lambda: Dataset.from_dict({"text": ["vangogh", "a red circle"]})},
+        {"train_dataset": drawn.erased_columns()}, AdvUnlearnConfig, DiffusionConfig,
+        {
+            "concepts": [["vangogh"], ["a", "cat"], "vangogh", [""], ["cat " * 20]], "train_parts": _PARTS,
+            "retain_prompts": [["a cat", "a dog"], ["objects"], "objects", ["cake.txt"], ["cat " * 20] * 4, [""]],
+            "retain_exclude_words": [["cat"], "cat", ["a"]], "retain_mode": ["regularizer", "step"],
+            "attack": list(METHODS), "attack_position": list(ATTACK_POSITIONS), "latent_bank_size": [0, 4, 20, 3],
+        },
+        {**_SMALL, "attack_steps": 1, "attack_warmup_steps": 0, "sampling_steps": 2},
+    ),
 }  # fmt: skip
 
 
@@ -215,13 +251,24 @@ def as_dataset(columns: dict[str, list[Any]]) -> Dataset | None:
 
 @functools.cache
 def quiet() -> None:
-    """Once for a process: no caches, progress bars or notes, and no search through all imports when memory is released."""
+    """Once for a process: no caches or progress bars, and no search through all imports when memory is released."""
     datasets.disable_caching()
     datasets.disable_progress_bars()
-    transformers.logging.set_verbosity(logging.CRITICAL)
-    logging.disable(logging.WARNING)
     gc.collect()
     gc.freeze()
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """For a case only: tests that come later in the process read what is logged."""
+    verbosity, disabled = transformers.logging.get_verbosity(), logging.root.manager.disable
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        transformers.logging.set_verbosity(verbosity)
 
 
 def run_case(name: str, rows: dict[str, Dataset] | None = None, config: dict[str, Any] | None = None) -> str:
@@ -243,7 +290,12 @@ def run_case(name: str, rows: dict[str, Dataset] | None = None, config: dict[str
     model = copy.deepcopy(subject.template)
     before, trainer, refused = Snapshot(model), None, None
     try:
-        with _deadline(DEADLINE), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            _deadline(DEADLINE),
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            _without_notes(),
+        ):
             warnings.simplefilter("ignore")
             given = {**subject.good_rows, **(rows or {})}
             trainer = subject.make(model, _FOLDER, given, **{**subject.args, **(config or {})})

@@ -47,7 +47,7 @@ UPSTREAM: tuple[Upstream, ...] = (
     ),
     Upstream("/trl/trainer/", r"Unknown loss type: .* Should be one of", "DPOTrainer's: the value and the known ones"),
     Upstream("/transformers/", r"is not a valid SchedulerType", "of `lr_scheduler_type`: the value and the known ones"),
-    Upstream("mtrand", r"Seed must be between", "numpy's, of `seed`, which transformers hands over"),
+    Upstream("numpy/random/", r"Seed must be between", "numpy's, of `seed`, which transformers hands over"),
     Upstream("/trl/trainer/", r"`\w[^`]*`.*\.", "TRL's checks in its constructors name the argument and the remedy"),
 )
 

@@ -217,13 +217,70 @@ def picture_columns(draw: st.DrawFn) -> dict[str, list[Any]]:
     return columns
 
 
+@st.composite
+def captioned_columns(draw: st.DrawFn, *, size: int = 16) -> dict[str, list[Any]]:
+    """Columns of a diffusion trainer's rows: images of any kind (the model takes `size` x `size`), and captions."""
+    from tests.diffusion_trainer_data import CAPTIONS, image
+
+    count = draw(_COUNT)
+    side = draw(st.sampled_from([size] * 12 + [size // 2, 2 * size, 1]))
+    cells = {
+        "images": lambda row: image(row, side),
+        "bytes": lambda row: [[[row * 50 % 256] * 3] * side] * side,
+        "floats": lambda row: [[[0.2 * (row % 5)] * 3] * side] * side,
+        "grey": lambda row: [[row * 50 % 256] * side] * side,
+        "transparent": lambda row: image(row, side).convert("RGBA"),
+        "mixed": lambda row: image(row, side * (1 + row % 2)),
+        "nan": lambda row: [[[float("nan")] * 3] * side] * side,
+        "large": lambda row: [[[400] * 3] * side] * side,
+        "two channels": lambda row: [[[1, 2]] * side] * side,
+        "flat": lambda row: [0.5] * side,
+        "empty": lambda row: [],
+        "none": lambda row: None,
+        "holes": lambda row: None if row % 2 else image(row, side),
+        "late hole": lambda row: None if row == count - 1 else image(row, side),
+        "paths": lambda row: "cake.png",
+        "raw": lambda row: b"\x89PNG",
+        "number": lambda row: 5,
+        "files": lambda row: {"bytes": None, "path": None},
+        "texts": lambda row: ["cake"],
+        "dict": lambda row: {"a": 1},
+    }
+    kind = draw(st.sampled_from(["images"] * 14 + list(cells)))
+    name = draw(st.sampled_from(["image"] * 15 + ["images"]))
+    columns: dict[str, list[Any]] = {name: [cells[kind](row) for row in range(count)]}
+    known = st.sampled_from([*CAPTIONS, "", "cat " * 3])
+    text = draw(st.sampled_from([known] * 14 + [known | TEXTS, known | st.none(), *ODD_CELLS]))
+    columns[draw(st.sampled_from(["text"] * 15 + ["caption"]))] = draw(st.lists(text, min_size=count, max_size=count))
+    return columns
+
+
+@st.composite
+def erased_columns(draw: st.DrawFn) -> dict[str, list[Any]]:
+    """Columns of prompts that draw what is to be erased, some with its name."""
+    count = draw(_COUNT)
+    prompt = st.sampled_from(["vangogh", "a photo in vangogh style", "a red circle", "the house in vangogh style", "a"])
+    text = draw(st.sampled_from([prompt] * 14 + [prompt | TEXTS, prompt | st.none(), *ODD_CELLS]))
+    columns: dict[str, list[Any]] = {
+        draw(st.sampled_from(["text"] * 15 + ["prompt"])): draw(st.lists(text, min_size=count, max_size=count))
+    }
+    if draw(st.booleans()):
+        good = st.sampled_from(["vangogh", "a"])
+        concept = draw(st.sampled_from([good] * 10 + [TEXTS, st.none() | TEXTS, *ODD_CELLS]))
+        columns["concept"] = draw(st.lists(concept, min_size=count, max_size=count))
+    return columns
+
+
 # ---- Configurations ----
 
 _NAN, _INF = float("nan"), float("inf")
 _NUMBERS = [0, 0, 1, 2, 0.5, 0.01, 1.0, -1, -0.5, 1e-12, 1e-300, 10, 1e6, 1e12, 1e308, 2**70, _NAN, _INF, -_INF]
 # Any number of steps or rows is a lawful wish: none that takes longer than a test may
 _COUNTS = [0, 1, 1, 2, 3, 5, -1, -7, 0.5, 2.5, 1.0, _NAN, _INF, True]
-_COUNT_NAMES = ("steps", "samples", "rows", "replays", "batch_size", "epochs", "tokens", "num_noisy_layers", "length")
+_COUNT_NAMES = (
+    "steps", "samples", "rows", "replays", "batch_size", "epochs", "tokens", "num_noisy_layers", "length", "bank_size",
+    "image_size",
+)  # fmt: skip
 _ODD = [None, "", "0.1", "yes", "\ud800", "best", b"x", [], [0], ["x"], [None], [[1]], {}, {"a": 1}, (), True, False]
 _LITERALS = [
     "best", "last", "zero", "random", "sign", "adam", "l2", "l2_token", "linf", "l1", "all_prompt", "user_content", "v1", "v2",
@@ -231,7 +288,7 @@ _LITERALS = [
     "adaptive", "image", "pixel_values", "both", "pixels", "constant", "linear", "cosine", "weat", "kl_dro", "Best", "l3", " ",
 ]  # fmt: skip
 # Fields that the subjects of these tests cannot do without, and what takes a run of its own
-_LEFT_OUT = ("output_dir", "profile", "noise_policy")
+_LEFT_OUT = ("output_dir", "profile", "noise_policy", "latent_bank_dir")
 PARENT_FIELDS = (
     "learning_rate", "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps",
     "max_length", "seed", "warmup_steps", "num_train_epochs", "label_smoothing_factor", "truncation_mode",

@@ -1,7 +1,7 @@
 """Quantised copies of a model: small changes of the weights, such as unlearning's, may be rounded away."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class _Once(logging.Filter):
 
 _ONCE = _Once()
 
+# Experts whose weights are [experts, in, out] without an attribute that says so (transformers 5.23)
+_TRANSPOSED = ("Llama4TextExperts",)
 QUANTIZERS = ("auto", "bitsandbytes", "round_to_nearest")
 
 
@@ -49,7 +51,10 @@ class QuantizedModel:
         bits: 8 or 4.
         method: `"bitsandbytes"` or `"round_to_nearest"`.
         scheme: what that means here, for a report, such as `"nf4, blocks of 64"`.
-        layers: number of linear layers quantised: all those of the decoder layers; embeddings and head are left alone.
+        layers: number of linear layers quantised: all those of the decoder layers; embeddings and head are left alone. The
+            experts of a layer that share a weight count once.
+        left: weights of the decoder layers that were not quantised, by their names in a layer, such as `"mlp.gate.weight"`,
+            the router of a mixture of experts.
         fallback: why `method="auto"` did not take bitsandbytes; `None` if it did or was not asked to.
     """
 
@@ -58,6 +63,7 @@ class QuantizedModel:
     method: str
     scheme: str
     layers: int
+    left: tuple[str, ...] = ()
     fallback: str | None = None
 
 
@@ -71,7 +77,8 @@ def quantized(model: nn.Module, *, bits: int = 4, method: str = "auto", group_si
 
     Args:
         model: causal language model or PEFT model, unwrapped, not quantised. Adapters are merged first, so that what they
-            changed is quantised too.
+            changed is quantised too. The experts of a mixture are rounded one by one; bitsandbytes does not take those that
+            share a weight.
         bits: 8 or 4.
         method: `"bitsandbytes"` (LLM.int8() or NF4), on CPUs too; `"round_to_nearest"`, whose weights are rounded and kept in
             the model's dtype, so that it runs anywhere and is differentiable; `"auto"`: bitsandbytes where it is installed and
@@ -117,16 +124,16 @@ def quantized(model: nn.Module, *, bits: int = 4, method: str = "auto", group_si
                 ) from error
             logger.warning("bitsandbytes does not run here (%s): weights are rounded to nearest instead.", fallback)
     rounded = _merged_copy(model)
-    count = 0
-    for _, _, layer in _linear_layers(rounded):
-        weight: Any = layer.weight
-        # A Conv1D's weight is [in, out], a linear layer's [out, in]
-        rows = weight.data.T if isinstance(layer, Conv1D) else weight.data
-        found = round_to_nearest(rows, bits=bits, group_size=group_size)
-        weight.data = found.T.contiguous() if isinstance(layer, Conv1D) else found
-        count += 1
+    # A linear layer's weight is [out, in], a Conv1D's [in, out]; experts have a first dimension more
+    linear: dict[Any, bool] = {layer.weight: isinstance(layer, Conv1D) for _, _, layer in _linear_layers(rounded)}
+    weights = linear | _experts(rounded)
+    for weight, transposed in weights.items():
+        for matrix in weight.data.unbind() if weight.dim() == 3 else [weight.data]:
+            rows = matrix.T if transposed else matrix
+            rows.copy_(round_to_nearest(rows, bits=bits, group_size=group_size))
     scheme = f"asymmetric, groups of {group_size}"
-    return QuantizedModel(rounded, bits, "round_to_nearest", scheme, count, fallback)
+    left = _left(rounded, weights)
+    return QuantizedModel(rounded, bits, "round_to_nearest", scheme, len(weights), left, fallback)
 
 
 def round_to_nearest(weight: torch.Tensor, *, bits: int, group_size: int) -> torch.Tensor:
@@ -177,10 +184,33 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module
     yield from found
 
 
+def _experts(model: nn.Module) -> dict[nn.Parameter, bool]:
+    """Weights `[experts, out, in]` that all experts of a layer share, and whether they are `[experts, in, out]` instead."""
+    return {
+        weight: bool(getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED))
+        for module in decoder_layers(model).modules()
+        if "Experts" in type(module).__name__
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.dim() == 3 and not name.endswith("bias")
+    }
+
+
+def _left(model: nn.Module, quantised: Container[nn.Parameter] = ()) -> tuple[str, ...]:
+    """Names of the other weights of the decoder layers, without the layers' numbers; biases and norms are no weights here."""
+    found = [
+        name.partition(".")[2]
+        for name, weight in decoder_layers(model).named_parameters()
+        if weight.dim() > 1 and weight.is_floating_point() and weight not in quantised and not name.endswith("bias")
+    ]
+    return tuple(dict.fromkeys(found))
+
+
 def _with_bitsandbytes(model: Any, bits: int) -> QuantizedModel:
     import bitsandbytes
 
     logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
+    if _experts(model):
+        raise ValueError("experts that share a weight are not supported")
     count = 0
     for parent, name, layer in _linear_layers(model):
         if not isinstance(layer, nn.Linear):
@@ -200,7 +230,7 @@ def _with_bitsandbytes(model: Any, bits: int) -> QuantizedModel:
         count += 1
     _try_out(model)
     scheme = "nf4, blocks of 64" if bits == 4 else "LLM.int8(), one scale per row"
-    return QuantizedModel(model, bits, "bitsandbytes", scheme, count)
+    return QuantizedModel(model, bits, "bitsandbytes", scheme, count, _left(model))
 
 
 @torch.no_grad()

@@ -121,7 +121,8 @@ def relearn(
     Plain fine-tuning: AdamW without weight decay at a constant learning rate, token-mean cross-entropy of the completions
     with their eos, no dropout, each row once per round in an order drawn from `seed`; activations are recomputed if the
     model does so (activation checkpointing). Full fine-tuning is done in float32
-    whatever the model's dtype: in bfloat16 small steps are rounded away, and the attack would look weaker than it is.
+    whatever the model's dtype: in bfloat16 small steps are rounded away, and the attack would look weaker than it is. What
+    `"lora"` trains keeps its dtype (a head that is saved beside the adapter has the base's), and its steps add up in float32.
 
     Args:
         model: causal language model or PEFT model, unwrapped. One copy of it exists at a time (in float32 for `"full"`).
@@ -250,13 +251,10 @@ def trainable_copy(model: nn.Module, method: str, *, rank: int, seed: int) -> tu
             torch.random.default_generator.manual_seed(seed)
             config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
             trained = get_peft_model(trained, config)
-    adapter = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    if not adapter:
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise ValueError(
             "`method='lora'`: the model's own adapter has nothing to train. Merge it (`model.merge_and_unload()`) first."
         )
-    for parameter in adapter:
-        parameter.data = parameter.data.float()
     return trained.eval(), added
 
 
@@ -274,7 +272,9 @@ def _curve(
     bar: Any,
 ) -> RelearnCurve:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    # In float32 the parameters themselves
+    sums = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
+    optimizer = torch.optim.AdamW(sums, lr=rate, weight_decay=0.0)
     device, padding = parameters[0].device, pad_id(model, tokenizer)
     size = min(batch_size, len(rows))
     batches = _batches(len(rows), size, seed)
@@ -299,8 +299,7 @@ def _curve(
         with quiet(model):
             nn.functional.cross_entropy(label_logits(model, index, **inputs), index.targets).backward()
         model.eval()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        _step(optimizer, parameters, sums)
         seconds += time.perf_counter() - start
         done += 1
         bar.update(1)
@@ -317,6 +316,19 @@ def _curve(
         num_backwards=done * size,
         seconds=seconds,
     )
+
+
+@torch.no_grad()
+def _step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], sums: Sequence[nn.Parameter]) -> None:
+    """An optimizer step of `sums`, which share the memory of parameters in float32, and are rounded to the others."""
+    for parameter, total in zip(parameters, sums, strict=True):
+        total.grad = None if parameter.grad is None else parameter.grad.float()
+        parameter.grad = None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for parameter, total in zip(parameters, sums, strict=True):
+        if parameter.dtype != total.dtype:
+            parameter.copy_(total)
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[list[int]]:

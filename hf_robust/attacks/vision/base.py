@@ -11,7 +11,7 @@ from torch import nn
 from hf_robust.attacks.gradient import SearchResult, descend
 from hf_robust.attacks.prompts import check_counts
 from hf_robust.attacks.vision.ball import Merged, PixelBall, pixel_generators
-from hf_robust.attacks.vision.classifier import check_labels, input_dtype, logits_of
+from hf_robust.attacks.vision.classifier import check_labels, class_numbers, input_dtype, logits_of
 from hf_robust.attacks.vision.losses import PIXEL_LOSSES, attack_loss, best_other_classes
 from hf_robust.sites.pixels import PixelUnits, check_epsilon
 from hf_robust.sites.quiet import check_not_reentrant, quiet
@@ -195,13 +195,7 @@ class PixelAttack:
         merged = Merged(ball.raw)
         pixels = pixel_values.detach().float()
         rows = torch.arange(len(pixels), device=pixels.device)
-        labels = torch.as_tensor(labels)
-        if labels.shape != (len(pixels),) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(
-                f"`labels` is {labels.dtype} of shape {tuple(labels.shape)} for {len(pixels)} images: give one class "
-                "number (int64) for each."
-            )
-        labels = labels.to(pixels.device).long()
+        labels = class_numbers(labels, pixels)
         dtype, checked = input_dtype(model, pixel_values), False
 
         def logits_at(shifted: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,28 @@ def logits_of(model: Any, pixel_values: torch.Tensor, **inputs: Any) -> torch.Te
     return logits.float()
 
 
+def class_numbers(labels: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """
+    Labels as `[batch]` int64 on the device of the images; whether they are classes of the model is for [`check_labels`].
+
+    Args:
+        labels: `[batch]` whole numbers.
+        pixel_values: `[batch, ...]`.
+
+    Raises:
+        ValueError: none, of another shape, or no whole numbers.
+    """
+    if labels is None:
+        raise ValueError("`labels=None`: give the true classes `[batch]`, or an `objective`.")
+    labels = torch.as_tensor(labels)
+    if labels.shape != (len(pixel_values),) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"`labels` is {labels.dtype} of shape {tuple(labels.shape)} for {len(pixel_values)} images: give one class "
+            "number (int64) for each."
+        )
+    return labels.to(pixel_values.device).long()
+
+
 def check_labels(labels: torch.Tensor, logits: torch.Tensor, loss: str) -> None:
     """
     Raise a `ValueError` unless the labels are classes of the model, and these enough for the loss.
