@@ -366,6 +366,14 @@ BESIDE_A_LORA = [
 ]
 
 
+def test_the_factors_of_a_float16_adapter_are_trained_in_float32():
+    """In float16 the gradients of a small loss are zero."""
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    trained, _ = trainable_copy(model.to(torch.float16), "lora", rank=2, seed=0)
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in trained.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.float16)}
+
+
 @pytest.mark.parametrize("beside", BESIDE_A_LORA, ids=lambda beside: str(*beside.values()))
 def test_what_stands_beside_a_lora_of_a_bf16_model_is_trained_too(beside):
     model = tiny_model().to(torch.bfloat16)

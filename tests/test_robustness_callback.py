@@ -196,6 +196,8 @@ def test_seconds_are_no_budget_where_weights_are_split(mark):
         def __init__(self, inner):
             self.inner = inner
 
+        def attack(self, *args, **kwargs): ...
+
     whole, split = tiny_model(), tiny_model()
     setattr(next(split.parameters()), mark, 0)
     timed = EmbeddingAttack(epsilon=0.5, steps=2, step_size=0.5, max_new_tokens=3, budget=Budget(seconds=2.5))
@@ -211,7 +213,9 @@ def test_seconds_are_no_budget_where_weights_are_split(mark):
             begin(attack)
     with pytest.raises(ValueError, match="training would hang"):  # also where only the trainer evaluates
         callback(attacks={"timed": timed})._evaluate(types.SimpleNamespace(world_size=2), None, split)
-    for fine in ((counted,), (timed, whole), (timed, split, 1)):
+    round_about, back = Wrapping(None), Wrapping(None)
+    round_about.inner, back.inner = back, round_about
+    for fine in ((counted,), (timed, whole), (timed, split, 1), (round_about,)):
         assert begin(*fine)._in_training
 
 

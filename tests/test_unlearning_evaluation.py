@@ -206,6 +206,8 @@ def test_rows_that_were_not_trained_on_are_no_members(tokenizer, models):
         run(tokenizer, models["original"], forget=new, **options)
     with pytest.raises(ValueError, match=r"`forget\[0\]` has `trained='no'`"):
         as_questions([{**new[0], "trained": "no"}], "forget")
+    cells = [as_questions([{**new[0], "trained": cell}], "forget")[0] for cell in ("False", "0", "true", "1", "")]
+    assert list(map(is_trained, cells)) == [False, False, True, True, True]  # a csv file's
     (kept,) = as_questions(new[:1], "forget")
     assert not is_trained(kept) and not is_trained(as_questions([kept], "forget")[0])
     assert all(map(is_trained, as_questions([{**new[0], "trained": True}, rows(FORGET)[3]], "forget")))

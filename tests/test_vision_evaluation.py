@@ -292,7 +292,7 @@ def test_attacks_without_gradients_check_what_the_others_check(kind):
             attack.search(model, pixel_values=pixels, labels=wrong)
 
 
-@pytest.mark.parametrize("label", [None, 1.7, True, torch.tensor(1.0), 2**70])
+@pytest.mark.parametrize("label", [None, 1.7, True, torch.tensor(1.5), float("nan"), 2**70])
 def test_labels_that_are_no_classes_are_named_with_their_row(label):
     data = rows(3)
     data[2]["labels"] = label
@@ -301,6 +301,17 @@ def test_labels_that_are_no_classes_are_named_with_their_row(label):
         ValueError, match=rf"`dataset\[2\]` has the label {re.escape(repr(label))}, but the model has 10"
     ):
         evaluate_vision(Nearest(), dataset=data, class_names=NAMES, attacks=attacks, progress=False)
+
+
+@pytest.mark.parametrize("label", [1.0, torch.tensor(1.0), torch.tensor([1]), np.array([1])], ids=str)
+def test_whole_numbers_of_other_types_are_classes(label):
+    """As pandas and transforms give them."""
+    data = rows(2)
+    data[1]["labels"] = label
+    report = evaluate_vision(
+        Nearest(), dataset=data, class_names=NAMES, attacks={"pgd": PGD(epsilon=0.1, steps=1)}, progress=False
+    )
+    assert report is not None
 
 
 def test_class_numbers_of_another_order_by_hand():

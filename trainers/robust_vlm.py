@@ -9,7 +9,7 @@ from transformers import ProcessorMixin, TrainingArguments
 from trl import SFTTrainer
 
 from hf_robust.objectives import token_nll
-from hf_robust.sites import LabelIndex, label_logits
+from hf_robust.sites import LabelIndex, gather_head, label_logits
 from hf_robust.trainers.attack_arguments import take_over
 from hf_robust.trainers.card import CardTrainer
 from hf_robust.trainers.flops import search_operations
@@ -212,13 +212,17 @@ class RobustVLMTrainer(CardTrainer, SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The parent's loss, in training under the perturbation."""
         counts = inputs.pop(_COUNTS, None)
-        if self.vlm_attack.is_off or not (self.model.training and torch.is_grad_enabled()):
+        trains = self.model.training and torch.is_grad_enabled()
+        if self.vlm_attack.is_off or not trains:
+            if trains:
+                gather_head(self.accelerator.unwrap_model(model))
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = self._search(model, inputs, counts, self.vlm_attack)
         rows = len(inputs["labels"])
         self._meters.add("attack_non_finite", found.result.non_finite.sum(), rows)
         self._meters.add("attack_loss_first", -found.result.first_loss.nan_to_num().sum(), rows)
         self._meters.add("attack_loss_last", -found.result.last_loss.nan_to_num().sum(), rows)
+        gather_head(self.accelerator.unwrap_model(model))
         with found.add(self.accelerator.unwrap_model(model)):
             return super().compute_loss(model, {**inputs, **found.inputs}, return_outputs, num_items_in_batch)
 

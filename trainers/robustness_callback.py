@@ -237,10 +237,12 @@ def _is_split(model: torch.nn.Module) -> bool:
     return parts or any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
-def _seconds_of(attack: Any) -> float | None:
+def _seconds_of(attack: Any, seen: frozenset[int] = frozenset()) -> float | None:
     """Of an attack's budget, or of that of an attack inside it."""
-    inner = [value for value in getattr(attack, "__dict__", {}).values() if callable(getattr(value, "attack", None))]
-    found = [getattr(getattr(attack, "budget", None), "seconds", None), *map(_seconds_of, inner)]
+    seen |= {id(attack)}
+    values = getattr(attack, "__dict__", {}).values()
+    inner = [value for value in values if callable(getattr(value, "attack", None)) and id(value) not in seen]
+    found = [getattr(getattr(attack, "budget", None), "seconds", None), *(_seconds_of(value, seen) for value in inner)]
     return next((seconds for seconds in found if seconds is not None), None)
 
 

@@ -57,7 +57,7 @@ _IN_TEXT: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ..
         re.compile(
             r"(?<![A-Za-z0-9])(?:(?:hf|api_org)_[A-Za-z0-9]{16,}"
             r"|(?:sk-|gsk_|xai-|nvapi-|gh[oprsu]_|github_pat_)(?=[\w-]{0,64}?[A-Za-z0-9]{16})[\w-]+"
-            r"|AIza[\w-]{30,}|A[KS]IA[A-Z0-9]{16}\b|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*)"
+            r"|AIza[\w-]{30,}|A[KS]IA[A-Z0-9]{16}\b|eyJ[\w-]{8,4096}\.eyJ[\w-]{8,}\.[\w-]*)"
         ),
         MARK,
     ),

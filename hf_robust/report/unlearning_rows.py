@@ -82,11 +82,14 @@ def _question(row: Any, place: int, argument: str) -> Behavior:
     extra: dict[str, Any] = {"completion": completion}
     if row.get("group") is not None:
         extra["group"] = str(row["group"])
-    if row.get(TRAINED) not in (None, True, False):
+    trained = row.get(TRAINED)
+    if isinstance(trained, str):  # of a csv file
+        trained = {"true": True, "1": True, "false": False, "0": False, "": None}.get(trained.strip().lower(), trained)
+    if trained not in (None, True, False):
         raise ValueError(
             f"`{argument}[{place}]` has `{TRAINED}={row[TRAINED]!r}`: give true or false, or leave it out."
         )
-    if row.get(TRAINED) is not None and not row[TRAINED]:
+    if trained is not None and not trained:
         extra[TRAINED] = False
     for key, other in ((PARAPHRASED, "paraphrased_answers"), (PERTURBED, "perturbed_answer")):
         given = row.get(key) or row.get(other)

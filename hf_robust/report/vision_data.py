@@ -150,6 +150,10 @@ def labelled_images(dataset: Any, images: Images, class_names: Sequence[str]) ->
         value = row[column]
         if isinstance(value, str):
             value = class_names.index(value) if value in class_names else -1
+        if getattr(value, "shape", None) in ((), (1,)):
+            value = value.item()
+        if isinstance(value, float) and value.is_integer():  # a column of pandas that had gaps
+            value = int(value)
         if not is_class(value, len(class_names)):
             raise ValueError(
                 f"`dataset[{place}]` has the {column[:5]} {row[column]!r}, but the model has {len(class_names)} classes "

@@ -3,7 +3,7 @@
 from hf_robust.sites.adapter import adapter_off, same_trained
 from hf_robust.sites.embeddings import EmbeddingSite
 from hf_robust.sites.hidden_states import HiddenStateSite, decoder_layers, record_hidden_states
-from hf_robust.sites.label_head import LabelIndex, label_logits
+from hf_robust.sites.label_head import LabelIndex, gather_head, label_logits
 from hf_robust.sites.language_input import LanguageInputSite, images_seen_once, input_site, language_model
 from hf_robust.sites.pixels import PixelUnits
 from hf_robust.sites.quiet import check_not_reentrant, keep_differentiable, quiet
@@ -22,6 +22,7 @@ __all__ = [
     "images_seen_once",
     "input_site",
     "keep_differentiable",
+    "gather_head",
     "label_logits",
     "language_model",
     "perturbed_weights",

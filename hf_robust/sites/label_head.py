@@ -67,11 +67,7 @@ def label_logits(model: nn.Module, index: LabelIndex, **inputs: Any) -> torch.Te
     Raises:
         ValueError: the model's logits are not one row per input position (prompt-learning adapters add positions).
     """
-    inner: Any = model
-    while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.module  # DDP and DeepSpeed wrap; hooks and outputs are those of the module inside
-    getter = getattr(inner, "get_output_embeddings", None)
-    head: Any = getter() if getter is not None else None
+    inner, head = _head_of(model)
     fired = False
 
     def keep_labels(module: nn.Module, args: tuple) -> tuple | None:
@@ -99,3 +95,28 @@ def label_logits(model: nn.Module, index: LabelIndex, **inputs: Any) -> torch.Te
             f"{index.shape}; adapters that add positions (prompt or prefix tuning) are not supported: use LoRA."
         )
     return logits.flatten(0, 1).index_select(0, index.flat).float()
+
+
+def gather_head(model: nn.Module) -> None:
+    """
+    Gather the output head that FSDP2 has split, for a loss that reads its weight without calling it; nothing otherwise.
+
+    TRL's fused loss (1.16) puts a split weight together itself (`full_tensor`), and each process then keeps the gradient of
+    its own rows for its part of the head, which is never summed over the processes. Of a gathered weight FSDP sums the
+    gradients behind the backward, and splits it again.
+
+    Args:
+        model: causal language model, wrapped or not, before a forward whose backward follows.
+    """
+    _, head = _head_of(model)
+    if hasattr(head, "unshard") and head.weight.requires_grad:
+        head.unshard()
+
+
+def _head_of(model: nn.Module) -> tuple[Any, Any]:
+    """The model inside its wrappers, whose hooks and outputs count, and its output head, if it has one."""
+    inner: Any = model
+    while not hasattr(inner, "get_output_embeddings") and isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module  # DDP and DeepSpeed
+    getter = getattr(inner, "get_output_embeddings", None)
+    return inner, getter() if getter is not None else None

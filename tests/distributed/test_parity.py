@@ -7,6 +7,8 @@ from tests.distributed.parity import TOLERANCE, Found, compare, has_deepspeed, l
 
 # DDP has fast cells of its own in tests/invariance
 FAST = "cat-rank-without-row"
+# TRL's fused loss, whose gradient of a split head nobody summed
+FUSED = "vlm-full-1"
 _CELLS = [(strategy, cell) for strategy in STRATEGIES for cell in cells_of(strategy)]
 _SLOW: dict[str, Found] = {}
 
@@ -19,13 +21,17 @@ def _skip_without_deepspeed(strategy: str) -> None:
 @pytest.fixture(scope="module")
 def fast() -> Found:
     strategies = ["fsdp2", *(["zero2", "zero3"] if has_deepspeed() else [])]
-    return {**launch([FAST], strategies), **launch([FAST], ["alone"])}
+    return {**launch([FAST, FUSED], strategies), **launch([FAST, FUSED], ["alone"])}
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
 def test_a_process_without_an_adversarial_row_keeps_step(strategy: str, fast: Found):
     _skip_without_deepspeed(strategy)
     assert compare(fast["alone", FAST][0], fast[strategy, FAST], strategy) < TOLERANCE["float32"]
+
+
+def test_the_head_behind_a_fused_loss_is_trained_on_all_rows(fast: Found):
+    assert compare(fast["alone", FUSED][0], fast["fsdp2", FUSED], "fsdp2") < TOLERANCE["float32"]
 
 
 @pytest.fixture(scope="module")

@@ -248,7 +248,15 @@ def measured(trainer: Any) -> dict[str, Any]:
     weights = train(trainer)
     return {
         "weights": weights,
-        "moved": max((weights[name] - start[name]).abs().max().item() for name in weights.keys() & start.keys()),
+        # Split weights (ZeRO-3, where there is a reference) are empty before the training
+        "moved": max(
+            (
+                (weights[name] - start[name]).abs().max().item()
+                for name in weights.keys() & start.keys()
+                if weights[name].shape == start[name].shape
+            ),
+            default=0.0,
+        ),
         "logged": [{k: e[k] for k in _LOGGED if k in e} for e in trainer.state.log_history],
         "operations": trainer.state.total_flos,
         "num_processes": trainer.accelerator.num_processes,

@@ -255,6 +255,9 @@ def trainable_copy(model: nn.Module, method: str, *, rank: int, seed: int) -> tu
         raise ValueError(
             "`method='lora'`: the model's own adapter has nothing to train. Merge it (`model.merge_and_unload()`) first."
         )
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16 and "lora_" in name:
+            parameter.data = parameter.data.float()  # float16 gradients of small losses are zero; LoRA casts its inputs
     return trained.eval(), added
 
 
