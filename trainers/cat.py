@@ -15,7 +15,7 @@ from hf_robust.data import collate_preferences, tokenize_preferences
 from hf_robust.data.checks import check_map_style
 from hf_robust.data.vision_preferences import collate_vision_preferences, rejected_part, tokenize_vision_preferences
 from hf_robust.objectives import away_loss, kl_divergence, per_row_mean, token_nll, toward_loss
-from hf_robust.sites import LabelIndex, decoder_layers, input_site, label_logits, record_hidden_states
+from hf_robust.sites import LabelIndex, decoder_layers, gather_head, input_site, label_logits, record_hidden_states
 from hf_robust.trainers.attack_arguments import take_over
 from hf_robust.trainers.cat_config import CATConfig
 from hf_robust.trainers.cat_utility import attended, total_shift, utility_before, without_labels
@@ -260,6 +260,8 @@ class CATTrainer(RowTrainer, SFTTrainer):
             now: list[torch.Tensor] = []
             if before is not None and before[1]:
                 now = stack.enter_context(record_hidden_states(self.accelerator.unwrap_model(model)))
+            if self.model.training and torch.is_grad_enabled():
+                gather_head(self.accelerator.unwrap_model(model))
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = result if return_outputs else (result, None)
         if self.model.training:

@@ -1,5 +1,6 @@
 """Logits at label positions only: the LM head is the dearest layer of a small model with a large vocabulary."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,18 +100,33 @@ def label_logits(model: nn.Module, index: LabelIndex, **inputs: Any) -> torch.Te
 
 def gather_head(model: nn.Module) -> None:
     """
-    Gather the output head that FSDP2 has split, for a loss that reads its weight without calling it; nothing otherwise.
+    Make TRL's fused loss train an output head that FSDP2 has split on the rows of all processes; nothing otherwise.
 
-    TRL's fused loss (1.16) puts a split weight together itself (`full_tensor`), and each process then keeps the gradient of
-    its own rows for its part of the head, which is never summed over the processes. Of a gathered weight FSDP sums the
-    gradients behind the backward, and splits it again.
+    The loss (TRL 1.16) reads the weight without calling the head, and puts a split one together itself by `full_tensor()`. Each
+    process then keeps the gradient of its own rows for its part of the head, and nobody takes the mean over processes.
 
     Args:
         model: causal language model, wrapped or not, before a forward whose backward follows.
     """
     _, head = _head_of(model)
-    if hasattr(head, "unshard") and head.weight.requires_grad:
-        head.unshard()
+    if not hasattr(head, "unshard") or not head.weight.requires_grad:
+        return
+    weights: list[Any] = [head.weight, getattr(head, "bias", None)]
+    for weight in weights:
+        if hasattr(weight, "full_tensor"):
+            weight.full_tensor = functools.partial(_whole, weight)
+
+
+def _whole(weight: Any) -> torch.Tensor:
+    """A split weight put together; its gradient is the mean over the processes, as FSDP takes it."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    whole: Any = DTensor.full_tensor(weight, grad_placements=[Partial("sum")])
+    whole = whole.view_as(whole)
+    if whole.requires_grad:
+        processes = weight.device_mesh.size()
+        whole.register_hook(lambda gradient: gradient / processes)
+    return whole
 
 
 def _head_of(model: nn.Module) -> tuple[Any, Any]:
